@@ -1,0 +1,38 @@
+// What one call of int4pack_mm asks for, and the rules that every platform checks before it plans.
+#pragma once
+
+#include <cstdint>
+
+#include "core/status.h"
+
+namespace int4mm {
+
+enum class DType { kBFloat16, kFloat16 };
+
+const char* DTypeName(DType dtype);
+
+// m of a program whose number of rows is not known when it is compiled (a symbolic dimension).
+inline constexpr int64_t kUnknownM = -1;
+
+// y [m, n] = x [m, k] @ w [n, k]^T with w = (q - 8) * scale + zero for each group of `group_size` values of k.
+struct Problem {
+  int64_t m = 0;
+  int64_t n = 0;
+  int64_t k = 0;
+  int64_t group_size = 0;     // 32, 64, 128 or 256.
+  int64_t inner_k_tiles = 0;  // 2, 4 or 8.
+  DType dtype = DType::kBFloat16;  // Of x, scales_and_zeros and y.
+};
+
+// The four buffers of one call, row-major and dense; 16-bit floats are carried as their bits.
+struct Operands {
+  const uint16_t* x = nullptr;                 // [m, k]
+  const uint32_t* packed = nullptr;            // [n/8, k/(16*inner_k_tiles), 32, inner_k_tiles/2]
+  const uint16_t* scales_and_zeros = nullptr;  // [k/group_size, n, 2]
+  uint16_t* y = nullptr;                       // [m, n]
+};
+
+// Checks the rules that no kernel relaxes: sizes, divisibility, group size and inner_k_tiles. m = 0 and kUnknownM are legal.
+Status Validate(const Problem& problem);
+
+}  // namespace int4mm

@@ -1,0 +1,128 @@
+#include "cuda/plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <sstream>
+#include <string>
+
+namespace int4mm::cuda {
+namespace {
+
+constexpr int kOldestArchitecture = 80;  // mma.sync m16n8k16 with bf16 operands, cp.async.
+constexpr std::string_view kAmpereName = "ampere";
+constexpr std::string_view kEveryImplementation = "\"ampere\"";
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+std::string TileName(const ampere::Config& c) {
+  return std::to_string(c.TileN()) + "x" + std::to_string(c.tokens);
+}
+
+// Estimated time of a whole call in SM clocks: the busiest SM's share of tiles times the steps of k times the cost of
+// one step. The weights are rates of one SM, fitted to an H200; only ratios between tiles matter.
+double EstimatedClocks(const Problem& p, const DeviceDescription& device, const ampere::Config& c) {
+  constexpr double kMacsPerClock = 600;            // mma.sync, bf16.
+  constexpr double kWeightsDequantisedPerClock = 48;
+  constexpr double kSharedFillBytesPerClock = 48;  // x through L2 into shared memory.
+  constexpr double kWarpsToHideLatency = 8;
+  const int64_t tiles = CeilDiv(p.m, c.tokens) * CeilDiv(p.n, c.TileN());
+  const int64_t tiles_per_sm = CeilDiv(tiles, device.sm_count);
+  const double steps = static_cast<double>(CeilDiv(p.k, ampere::kStepK));
+  const double weights = static_cast<double>(c.TileN()) * ampere::kStepK;
+  const double arithmetic = weights * c.tokens / kMacsPerClock + weights / kWeightsDequantisedPerClock;
+  const double fill = static_cast<double>(c.tokens) * ampere::kStepK * 2 / kSharedFillBytesPerClock;
+  const double resident_warps =
+      static_cast<double>(std::min<int64_t>(tiles_per_sm, c.min_ctas)) * c.Threads() / 32;
+  const double exposed = std::max(1.0, kWarpsToHideLatency / resident_warps);
+  return static_cast<double>(tiles_per_sm) * steps * (arithmetic + fill) * std::sqrt(exposed);
+}
+
+int ChooseConfig(const Problem& p, const DeviceDescription& device) {
+  int best = 0;
+  double best_clocks = std::numeric_limits<double>::infinity();
+  for (int i = 0; i < static_cast<int>(ampere::kConfigs.size()); ++i) {
+    const double clocks = EstimatedClocks(p, device, ampere::kConfigs[i]);
+    if (clocks < best_clocks) {
+      best = i;
+      best_clocks = clocks;
+    }
+  }
+  return best;
+}
+
+std::string EveryTile() {
+  std::string names;
+  for (const ampere::Config& c : ampere::kConfigs) {
+    names += (names.empty() ? "\"" : ", \"") + std::string(kAmpereName) + "/" + TileName(c) + "\"";
+  }
+  return names;
+}
+
+}  // namespace
+
+StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device, std::string_view implementation) {
+  if (Status status = Validate(problem); !status.ok()) return status;
+  if (device.compute_capability < kOldestArchitecture) {
+    return Unimplemented() << "int4pack_mm: this GPU is sm_" << device.compute_capability << "; the kernels need sm_"
+                           << kOldestArchitecture
+                           << " (Ampere) or newer. Use implementation=\"reference\", or run on the CPU.";
+  }
+  const std::string_view kernel = implementation.substr(0, implementation.find('/'));
+  if (!kernel.empty() && kernel != kAmpereName) {
+    return Unimplemented() << "int4pack_mm: implementation \"" << implementation
+                           << "\" is not a CUDA kernel of this build; it has " << kEveryImplementation
+                           << ". Leave implementation=None to choose.";
+  }
+
+  int config = -1;
+  if (kernel.size() < implementation.size()) {
+    const std::string_view tile = implementation.substr(kernel.size() + 1);
+    for (int i = 0; i < static_cast<int>(ampere::kConfigs.size()); ++i) {
+      if (TileName(ampere::kConfigs[i]) == tile) config = i;
+    }
+    if (config < 0) {
+      return Unimplemented() << "int4pack_mm: implementation \"" << implementation << "\" names no tile; there are "
+                             << EveryTile() << ".";
+    }
+  }
+
+  Plan plan;
+  if (problem.m == kUnknownM) {
+    plan.config = std::max(config, 0);
+    return plan;
+  }
+  plan.config = config >= 0 ? config : ChooseConfig(problem, device);
+  const ampere::Config& c = ampere::kConfigs[plan.config];
+  plan.tiles_m = CeilDiv(problem.m, c.tokens);
+  plan.tiles_n = CeilDiv(problem.n, c.TileN());
+  if (plan.tiles_m > std::numeric_limits<int32_t>::max() / plan.tiles_n) {
+    return Unimplemented() << "int4pack_mm: m " << problem.m << " and n " << problem.n << " make "
+                           << plan.tiles_m << " x " << plan.tiles_n << " tiles, more than one launch holds ("
+                           << std::numeric_limits<int32_t>::max() << "). Split x along m.";
+  }
+  return plan;
+}
+
+Explanation Explain(const Problem& problem, const DeviceDescription& device, const Plan& plan) {
+  const ampere::Config& c = ampere::kConfigs[plan.config];
+  Explanation e;
+  e.implementation = kAmpereName;
+  e.weights = "rounded";
+  e.workspace_bytes = plan.workspace_bytes;
+  std::ostringstream reason;
+  if (problem.m == kUnknownM) {
+    e.tile = "at the call";
+    reason << "m is not known when the program is compiled, so the kernel that needs no workspace for any m is taken "
+              "and its tile is chosen at the call";
+  } else {
+    e.tile = TileName(c);
+    reason << "mma.sync kernel for sm_80 and newer; " << plan.tiles_n << " x " << plan.tiles_m << " tiles of "
+           << c.TileN() << " rows of w by " << c.tokens << " tokens on " << device.sm_count
+           << " SMs, k over " << c.warps_k << (c.warps_k == 1 ? " slice" : " slices") << " of each CTA";
+  }
+  e.reason = reason.str();
+  return e;
+}
+
+}  // namespace int4mm::cuda

@@ -1,0 +1,36 @@
+// Problem + device description -> plan: which kernel, which tile, how much workspace. Pure host code, compiled into the
+// module that is always built, so that lowering, explain() and the tests use it on machines without a GPU.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+#include "core/explanation.h"
+#include "core/problem.h"
+#include "core/status.h"
+#include "cuda/kernels/ampere/config.h"
+
+namespace int4mm::cuda {
+
+struct DeviceDescription {
+  int compute_capability = 90;  // 10 * major + minor
+  int sm_count = 132;
+};
+
+enum class Kernel { kAmpere };
+
+struct Plan {
+  Kernel kernel = Kernel::kAmpere;
+  int config = 0;  // Index into the kernel's table of tiles; meaningless while m is kUnknownM.
+  int64_t tiles_m = 0;
+  int64_t tiles_n = 0;
+  int64_t workspace_bytes = 0;
+};
+
+// `implementation` is the public name of a kernel, or empty to choose. With m = kUnknownM the plan names a kernel that
+// needs no workspace for any m; its tile is chosen at the call.
+StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device, std::string_view implementation);
+
+Explanation Explain(const Problem& problem, const DeviceDescription& device, const Plan& plan);
+
+}  // namespace int4mm::cuda

@@ -1,0 +1,26 @@
+"""int4 weight-only matrix multiplication as a JAX primitive, bit-compatible with PyTorch's packed weights."""
+
+import importlib.metadata
+
+from jax_int4mm.explain import Explanation, explain
+from jax_int4mm.layout import pack_int4, pack_int4_bytes, unpack_int4
+from jax_int4mm.ops.dequantize import dequantize
+from jax_int4mm.ops.int4pack_mm import int4pack_mm
+from jax_int4mm.quantizers import quantize
+from jax_int4mm.weight import Int4Weight, matmul
+
+__version__ = importlib.metadata.version("jax_int4mm")
+
+__all__ = [
+    "Explanation",
+    "Int4Weight",
+    "__version__",
+    "dequantize",
+    "explain",
+    "int4pack_mm",
+    "matmul",
+    "pack_int4",
+    "pack_int4_bytes",
+    "quantize",
+    "unpack_int4",
+]

@@ -1,0 +1,115 @@
+"""The JAX primitive ``int4pack_mm``: abstract evaluation, lowering to one custom call per platform, batching."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from jax_int4mm.layout import unpacked_shape
+from jax_int4mm.ops import _ffi
+from jax_int4mm.ops.reference import int4pack_mm_reference
+
+REFERENCE = "reference"
+
+# x [m, k], packed, scales_and_zeros -> y [m, n]; parameters group_size: int and implementation: str | None.
+int4pack_mm_p = Primitive("int4pack_mm")
+
+
+def _abstract_eval(
+    x: jax.core.ShapedArray,
+    packed: jax.core.ShapedArray,
+    scales_and_zeros: jax.core.ShapedArray,
+    *,
+    group_size: int,
+    implementation: str | None,
+) -> jax.core.ShapedArray:
+    # The public op has checked the arguments as the user gave them; the handlers check the buffers again.
+    del scales_and_zeros, group_size, implementation
+    n, _, _ = unpacked_shape(packed.shape)
+    return jax.core.ShapedArray((x.shape[0], n), x.dtype)
+
+
+int4pack_mm_p.def_abstract_eval(_abstract_eval)
+
+
+@int4pack_mm_p.def_impl
+def _impl(*operands: jax.Array, **params: Any) -> jax.Array:
+    # Reached by a bare bind outside any trace, also under jax.disable_jit(): a custom call exists only compiled.
+    with jax.disable_jit(False):
+        return jax.jit(functools.partial(int4pack_mm_p.bind, **params))(*operands)
+
+
+def _lower_reference(ctx: mlir.LoweringRuleContext, *operands: Any, group_size: int, implementation: str | None) -> Any:
+    if implementation not in (None, REFERENCE):
+        raise ValueError(
+            f'int4pack_mm: implementation "{implementation}" has no kernel on platform '
+            f"{'/'.join(ctx.module_context.platforms)}; use None or \"reference\" there."
+        )
+    rule = mlir.lower_fun(functools.partial(int4pack_mm_reference, group_size=group_size), multiple_results=False)
+    return rule(ctx, *operands)
+
+
+def _lower_to_kernel(
+    platform: str,
+    ctx: mlir.LoweringRuleContext,
+    *operands: Any,
+    group_size: int,
+    implementation: str | None,
+) -> Any:
+    if implementation == REFERENCE:
+        return _lower_reference(ctx, *operands, group_size=group_size, implementation=implementation)
+    if platform == "cuda" and not _ffi.has_cuda_kernels() and jax.default_backend() == "gpu":
+        raise RuntimeError(
+            "int4pack_mm: this jax_int4mm was built without its CUDA kernels, and the program is for a GPU. Reinstall "
+            'with JAX_INT4MM_CUDA=ON in the environment (pip install "."), or use implementation="reference".'
+        )
+    x, packed, _ = ctx.avals_in
+    (y,) = ctx.avals_out
+    n, k, inner_k_tiles = unpacked_shape(packed.shape)
+    m = x.shape[0] if isinstance(x.shape[0], int) else _ffi.UNKNOWN_M
+    plan = _ffi.plan(platform, m, n, k, group_size, inner_k_tiles, str(x.dtype), implementation)
+    workspace = jax.core.ShapedArray((plan["workspace_bytes"],), jnp.uint8)
+    rule = jax.ffi.ffi_lowering(
+        _ffi.TARGET,
+        # Row-major results; ffi_lowering derives the operands' layouts.
+        result_layouts=[(1, 0), (0,)],
+    )
+    results = rule(
+        ctx.replace(avals_out=[y, workspace]),
+        *operands,
+        group_size=np.int64(group_size),
+        implementation=implementation or plan["implementation"],
+    )
+    return results[:1]
+
+
+for _platform in ("cpu", "cuda"):
+    mlir.register_lowering(int4pack_mm_p, functools.partial(_lower_to_kernel, _platform), platform=_platform)
+mlir.register_lowering(int4pack_mm_p, _lower_reference)
+
+
+def _batch(
+    operands: tuple[Any, Any, Any], axes: tuple[int | None, ...], *, group_size: int, implementation: str | None
+) -> tuple[jax.Array, int]:
+    bind = functools.partial(int4pack_mm_p.bind, group_size=group_size, implementation=implementation)
+    x_axis, *weight_axes = axes
+    if x_axis is not None and all(axis is None for axis in weight_axes):
+        # One weight for the whole batch: the batch is more rows of x.
+        x = jnp.moveaxis(operands[0], x_axis, 0)
+        y = bind(x.reshape(-1, x.shape[-1]), *operands[1:])
+        return y.reshape(*x.shape[:-1], y.shape[-1]), 0
+    size = next(o.shape[a] for o, a in zip(operands, axes, strict=True) if a is not None)
+    stacked = [
+        jnp.broadcast_to(o, (size, *o.shape)) if a is None else jnp.moveaxis(o, a, 0)
+        for o, a in zip(operands, axes, strict=True)
+    ]
+    return jax.lax.map(lambda one: bind(*one), tuple(stacked)), 0
+
+
+batching.primitive_batchers[int4pack_mm_p] = _batch

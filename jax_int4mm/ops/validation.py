@@ -1,0 +1,74 @@
+"""The rules of the op's arguments, each broken one a sentence: the op, what was given, the rule, the remedy."""
+
+from __future__ import annotations
+
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_int4mm.layout import GROUP_SIZES, check_packed, unpacked_shape
+
+ACTIVATION_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+
+
+def check_group_size(op: str, group_size: int) -> int:
+    """``group_size`` as an int, or a TypeError or ValueError."""
+    try:
+        value = operator.index(group_size)
+    except TypeError:
+        raise TypeError(
+            f"{op}: group_size is a {type(group_size).__name__}; it must be a Python int, known when traced."
+        ) from None
+    if value not in GROUP_SIZES:
+        raise ValueError(
+            f"{op}: group_size is {value}; it must be 32, 64, 128 or 256. "
+            "Repeat the scales of larger groups, or requantise."
+        )
+    return value
+
+
+def check_weight(
+    op: str, packed: jax.Array | np.ndarray, scales_and_zeros: jax.Array | np.ndarray, group_size: int
+) -> None:
+    """Raise unless packed, scales_and_zeros and group_size describe one weight."""
+    check_packed(op, packed.shape, packed.dtype)
+    n, k, _ = unpacked_shape(packed.shape)
+    if scales_and_zeros.dtype not in ACTIVATION_DTYPES:
+        raise TypeError(
+            f"{op}: scales_and_zeros has dtype {scales_and_zeros.dtype}; it must be bfloat16 or float16. "
+            "Cast it: scales_and_zeros.astype(x.dtype)."
+        )
+    if k % group_size:
+        raise ValueError(
+            f"{op}: group_size {group_size} does not divide k = {k} of packed {list(packed.shape)}. "
+            "quantize(w) pads k to whole groups; a raw weight must be padded before it is packed."
+        )
+    expected = (k // group_size, n, 2)
+    if tuple(scales_and_zeros.shape) != expected:
+        raise ValueError(
+            f"{op}: scales_and_zeros has shape {list(scales_and_zeros.shape)}; packed {list(packed.shape)} is "
+            f"n = {n}, k = {k}, so with group_size {group_size} it must be [k/group_size, n, 2] = {list(expected)}."
+        )
+
+
+def check_activations(
+    op: str, x: jax.Array | np.ndarray, packed: jax.Array | np.ndarray, scales_and_zeros: jax.Array | np.ndarray
+) -> None:
+    """Raise unless x [..., k] fits a weight that :func:`check_weight` accepted."""
+    _, k, _ = unpacked_shape(packed.shape)
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise TypeError(
+            f"{op}: x has dtype {x.dtype}; it must be bfloat16 or float16. Cast it: x.astype({scales_and_zeros.dtype})."
+        )
+    if x.dtype != scales_and_zeros.dtype:
+        raise TypeError(
+            f"{op}: x has dtype {x.dtype} and scales_and_zeros {scales_and_zeros.dtype}; they must be the same. "
+            f"Cast one: x.astype({scales_and_zeros.dtype}) or scales_and_zeros.astype({x.dtype})."
+        )
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ValueError(
+            f"{op}: x has shape {list(x.shape)} and the packed weight k = {k}; x must be [..., k]. "
+            "An Int4Weight pads x to the packed k by itself: x @ w4."
+        )

@@ -1,0 +1,86 @@
+"""Quantisers: float matrices to :class:`jax_int4mm.Int4Weight`."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_int4mm.layout import as_array, check_inner_k_tiles, pack_int4
+from jax_int4mm.ops.validation import ACTIVATION_DTYPES, check_group_size
+from jax_int4mm.quantizers.rtn import quantize_rtn
+from jax_int4mm.weight import Int4Weight, padded_size
+
+METHODS = ("rtn",)
+
+
+def quantize(
+    w: ArrayLike,
+    group_size: int = 128,
+    method: str = "rtn",
+    symmetric: bool = False,
+    dtype: DTypeLike | None = None,
+    inner_k_tiles: int = 8,
+) -> Int4Weight:
+    """Quantise a matrix to int4 in groups of ``group_size`` along k.
+
+    Args:
+      w: [*stacked, k, n] floats: the matrix you would write ``x @ w`` with. k and n are free; padding to the packed
+        format's multiples is made here, once.
+      group_size: 32, 64, 128 or 256 values of k that share a scale and a zero.
+      method: "rtn", round to nearest between each group's minimum and maximum (see :mod:`jax_int4mm.quantizers.rtn`).
+      symmetric: no zeros: the range is symmetric around 0.
+      dtype: bfloat16 or float16, of scales, zeros and the activations that the weight will multiply; None for w's
+        dtype if it is one of these, else bfloat16.
+      inner_k_tiles: 2, 4 or 8, the packed format's parameter. 8 is what PyTorch checkpoints have and reads fastest.
+
+    Returns:
+      An :class:`Int4Weight` of logical shape [*stacked, k, n].
+
+    Raises:
+      TypeError: w is no float array, or dtype is neither bfloat16 nor float16.
+      ValueError: w has fewer than two dimensions or an empty one, or group_size, method or inner_k_tiles is not one of
+        the above.
+    """
+    w = as_array("quantize", "w", w)
+    group_size = check_group_size("quantize", group_size)
+    check_inner_k_tiles("quantize", inner_k_tiles)
+    if method not in METHODS:
+        raise ValueError(f"quantize: method is {method!r}; it must be one of {', '.join(map(repr, METHODS))}.")
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"quantize: w has dtype {w.dtype}; it must be a float matrix. Pack integers with pack_int4(q).")
+    if dtype is None:
+        dtype = w.dtype if w.dtype in ACTIVATION_DTYPES else jnp.bfloat16
+    dtype = jnp.dtype(dtype)
+    if dtype not in ACTIVATION_DTYPES:
+        raise TypeError(f"quantize: dtype is {dtype}; it must be bfloat16 or float16, that of the activations.")
+    if w.ndim < 2 or 0 in w.shape:
+        raise ValueError(f"quantize: w has shape {list(w.shape)}; it must be [k, n], or stacked [..., k, n].")
+    one = functools.partial(
+        _quantize_one, group_size=group_size, symmetric=bool(symmetric), dtype=dtype, inner_k_tiles=inner_k_tiles
+    )
+    for _ in w.shape[:-2]:
+        one = jax.vmap(one)
+    packed, scales_and_zeros = one(w)
+    k, n = w.shape[-2:]
+    return Int4Weight(packed, scales_and_zeros, group_size=group_size, k=k, n=n)
+
+
+@functools.partial(jax.jit, static_argnames=("group_size", "symmetric", "dtype", "inner_k_tiles"))
+def _quantize_one(
+    w: jax.Array, *, group_size: int, symmetric: bool, dtype: np.dtype, inner_k_tiles: int
+) -> tuple[jax.Array, jax.Array]:
+    k, n = w.shape
+    padded_n, padded_k = padded_size(n, k, group_size, inner_k_tiles)
+    whole_k = -(-k // group_size) * group_size
+    # A last group that is not full takes its range from what it has: repeating the last value adds nothing to it.
+    rows = jnp.pad(w.T.astype(jnp.float32), [(0, 0), (0, whole_k - k)], mode="edge")
+    q, scales_and_zeros = quantize_rtn(rows, group_size=group_size, symmetric=symmetric, dtype=dtype)
+    q = jnp.pad(q[:, :k], [(0, padded_n - n), (0, padded_k - k)], constant_values=8)
+    scales_and_zeros = jnp.pad(
+        scales_and_zeros, [(0, (padded_k - whole_k) // group_size), (0, padded_n - n), (0, 0)], constant_values=0
+    )
+    return pack_int4(q, inner_k_tiles), scales_and_zeros

@@ -65,11 +65,11 @@ class Config:
     @classmethod
     def from_huggingface(cls, fields: Mapping[str, Any]) -> Config:
         """Reads a parsed `config.json`; a ValueError says which field asks for what is not implemented here."""
-        required = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-        for name, supported in required.items():
-            found = fields.get(name, supported)
-            if found != supported:
-                raise ValueError(f"config.json has {name} = {found!r}; this Llama decoder implements {supported!r} only")
+        implemented = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+        for name, value in implemented.items():
+            found = fields.get(name, value)
+            if found != value:
+                raise ValueError(f"config.json has {name} = {found!r}; this Llama decoder implements {value!r} only")
         theta, scaling = _rope_from_huggingface(fields)
         heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
         eos = fields.get("eos_token_id")
@@ -160,7 +160,7 @@ def params_from_huggingface(
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * weight over the last axis, the mean square in f32."""
+    """Scales x by 1 / rms(x) over the last axis, in f32, and by weight."""
     wide = x.astype(jnp.float32)
     normalised = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return weight * normalised.astype(x.dtype)
@@ -200,7 +200,7 @@ def forward(
     start: jax.typing.ArrayLike = 0,
     dropout: Callable[[jax.Array], jax.Array] = lambda y: y,
 ) -> tuple[jax.Array, Cache | None]:
-    """Hidden states after the last norm, [batch, t, hidden], of int32 tokens [batch, t] at positions start, start + 1...
+    """Hidden states after the last norm, [batch, t, hidden], of int32 tokens [batch, t] from position `start` on.
 
     With a cache the new keys and values are written at `start`, every cached position up to a token's own is attended
     to, and the updated cache is returned. Without one the tokens are the whole sequence. `dropout` is applied to the
@@ -208,7 +208,7 @@ def forward(
     """
     batch, t = tokens.shape
     frequencies = rope_frequencies(config)
-    positions = start + jnp.arange(t)
+    positions = jnp.arange(t) + start
     x = dropout(params["embedding"][tokens])
     new_cache: Cache = []
     for index, layer in enumerate(params["layers"]):

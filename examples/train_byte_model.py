@@ -8,7 +8,7 @@ hash of their name: 1 in 32 is held out and touched once, at the end; 1 in 32 ch
 
 The model has to survive rounding to 4 bits. During training every decoder weight therefore carries fresh uniform noise
 of one quantisation step (the range of its group of 64 inputs / 15). That is the error of any 4-bit rounding and not the
-grid of one of them, so the model favours no quantiser; the noise also slows memorising a corpus of 10 MB.
+grid of one of them, so the model favours no quantiser.
 
 Writes, atomically, a Hugging Face Llama directory: `config.json`, `model.safetensors` (bf16), `heldout.txt` (a sample
 of the held-out documents, so that figures do not depend on the reader's Python) and `training.json` (what was run and
@@ -18,7 +18,6 @@ the held-out bits per byte of f32, bf16 and simulated int4 weights). Needs jax, 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import hashlib
 import importlib
@@ -84,7 +83,9 @@ def _docstrings(module: Any) -> list[str]:
 
 def split(found: dict[str, bytes]) -> tuple[list[bytes], list[bytes], list[bytes]]:
     """Training, validation and held-out documents, dealt and ordered by a hash of the name."""
-    training, validation, heldout = [], [], []
+    training: list[bytes] = []
+    validation: list[bytes] = []
+    heldout: list[bytes] = []
     digests = {name: hashlib.sha256(name.encode()).digest() for name in found}
     for name in sorted(found, key=digests.__getitem__):
         part = {0: heldout, 1: validation}.get(digests[name][-1] % SPLITS, training)
@@ -93,6 +94,7 @@ def split(found: dict[str, bytes]) -> tuple[list[bytes], list[bytes], list[bytes
 
 
 def joined(texts: list[bytes]) -> np.ndarray:
+    """All texts in one uint8 array, a separator before each."""
     return np.frombuffer(bytes([SEPARATOR]).join([b"", *texts]), np.uint8)
 
 
@@ -137,10 +139,12 @@ def init_params(key: jax.Array, config: Config) -> Params:
 
 
 def tied(params: Params) -> Params:
+    """The parameters that `forward` and `logits` take: the embeddings are the output projection too."""
     return params | {"lm_head": params["embedding"].T}
 
 
 def cast(params: Params, dtype: jax.typing.DTypeLike) -> Params:
+    """Every parameter in dtype."""
     return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
@@ -154,6 +158,7 @@ def map_linears(function: Any, params: Params) -> Params:
 
 
 def grouped(w: jax.Array) -> jax.Array:
+    """A weight [in, out] as [groups, GROUP_SIZE, out]."""
     return w.reshape(w.shape[0] // GROUP_SIZE, GROUP_SIZE, w.shape[1])
 
 
@@ -171,13 +176,16 @@ def with_rounding_noise(key: jax.Array, params: Params) -> Params:
 def rounded_to_int4(params: Params) -> Params:
     """Each decoder weight rounded to 4 bits per group, scale and zero in bf16, as `quantize(method="rtn")` does."""
 
+    def stored(a: jax.Array) -> jax.Array:
+        return a.astype(jnp.bfloat16).astype(jnp.float32)
+
     def rounded(w: jax.Array, _: int) -> jax.Array:
         groups = grouped(w.astype(jnp.float32))
         low = jnp.min(groups, axis=1, keepdims=True)
-        scale = jnp.maximum((jnp.max(groups, axis=1, keepdims=True) - low) / 15, 1e-6)
-        q = jnp.clip(jnp.round((groups - low) / scale), 0, 15)
-        scale, zero = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (scale, low + 8 * scale))
-        return ((q - 8) * scale + zero).reshape(w.shape).astype(w.dtype)
+        scale = stored(jnp.maximum((jnp.max(groups, axis=1, keepdims=True) - low) / 15, 1e-6))
+        zero = stored(low + 8 * scale)
+        q = jnp.clip(jnp.round((groups - zero) / scale), -8, 7)
+        return (q * scale + zero).reshape(w.shape).astype(w.dtype)
 
     return map_linears(rounded, params)
 
@@ -204,7 +212,9 @@ def learning_rate(progress: np.ndarray, peak: float) -> np.ndarray:
     return peak * np.minimum(progress / 0.03, 0.5 + 0.5 * np.cos(math.pi * np.clip(progress, 0, 1)))
 
 
-def train(args: argparse.Namespace, config: Config, text: np.ndarray, validation: np.ndarray) -> tuple[Params, dict]:
+def train(
+    args: argparse.Namespace, config: Config, text: np.ndarray, validation: np.ndarray
+) -> tuple[Params, dict[str, Any]]:
     """Trains for `args.steps`, or until `args.minutes` have passed; returns the parameters best on `validation`."""
     key, init_key = jax.random.split(jax.random.key(args.seed, impl="rbg"))
     params = init_params(init_key, config)
@@ -303,6 +313,7 @@ def write_model(output: pathlib.Path, params: Params, config: Config, sample: st
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; the defaults made the shipped model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=pathlib.Path, required=True, help="folder to write")
     parser.add_argument("--minutes", type=float, default=4.5, help="training ends by then (default 4.5)")
@@ -324,6 +335,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Trains, evaluates and writes the model."""
     args = parse_args(argv)
     config = Config(
         vocab_size=256,

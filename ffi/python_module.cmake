@@ -3,7 +3,6 @@
 # Without a component to ask for, scikit-build-core is building for a Python that nanobind has no stable ABI for.
 find_package(Python 3.11 REQUIRED COMPONENTS Interpreter Development.Module ${SKBUILD_SABI_COMPONENT})
 find_package(nanobind CONFIG REQUIRED)
-find_package(Threads REQUIRED)
 
 # jaxlib is found, not imported: importing it would load all of XLA.
 execute_process(
@@ -30,7 +29,9 @@ add_library(xla_ffi INTERFACE)
 target_include_directories(xla_ffi SYSTEM INTERFACE "${jaxlib_dir}/include")
 
 function(int4mm_add_python_module name)
-  nanobind_add_module(${name} NB_STATIC STABLE_ABI ${ARGN})
-  target_link_libraries(${name} PRIVATE int4mm_core int4mm_warnings xla_ffi Threads::Threads)
+  nanobind_add_module(${name} NB_STATIC STABLE_ABI NB_SUPPRESS_WARNINGS ${ARGN})
+  target_link_libraries(${name} PRIVATE int4mm_core int4mm_warnings xla_ffi)
+  # Other extensions in the process may hold the same static libraries; ours stay to ourselves.
+  target_link_options(${name} PRIVATE LINKER:--exclude-libs,ALL)
   install(TARGETS ${name} LIBRARY DESTINATION jax_int4mm)
 endfunction()

@@ -68,6 +68,11 @@ StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device,
                            << kOldestArchitecture
                            << " (Ampere) or newer. Use implementation=\"reference\", or run on the CPU.";
   }
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  if (problem.n > kMost || problem.k > kMost) {
+    return Unimplemented() << "int4pack_mm: n and k are " << problem.n << " and " << problem.k
+                           << "; the CUDA kernels take up to " << kMost << " of each. Split the weight.";
+  }
   const std::string_view kernel = implementation.substr(0, implementation.find('/'));
   if (!kernel.empty() && kernel != kAmpereName) {
     return Unimplemented() << "int4pack_mm: implementation \"" << implementation
@@ -96,10 +101,10 @@ StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device,
   const ampere::Config& c = ampere::kConfigs[plan.config];
   plan.tiles_m = CeilDiv(problem.m, c.tokens);
   plan.tiles_n = CeilDiv(problem.n, c.TileN());
-  if (plan.tiles_m > std::numeric_limits<int32_t>::max() / plan.tiles_n) {
+  if (plan.tiles_m > kMost / plan.tiles_n) {
     return Unimplemented() << "int4pack_mm: m " << problem.m << " and n " << problem.n << " make "
                            << plan.tiles_m << " x " << plan.tiles_n << " tiles, more than one launch holds ("
-                           << std::numeric_limits<int32_t>::max() << "). Split x along m.";
+                           << kMost << "). Split x along m.";
   }
   return plan;
 }
@@ -123,6 +128,10 @@ Explanation Explain(const Problem& problem, const DeviceDescription& device, con
   }
   e.reason = reason.str();
   return e;
+}
+
+std::string LaunchName(const Plan& plan) {
+  return std::string(kAmpereName) + "/" + TileName(ampere::kConfigs[plan.config]);
 }
 
 }  // namespace int4mm::cuda

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <string_view>
 
 #include "core/explanation.h"
@@ -32,5 +33,8 @@ struct Plan {
 StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device, std::string_view implementation);
 
 Explanation Explain(const Problem& problem, const DeviceDescription& device, const Plan& plan);
+
+// "<implementation>/<tile>", as `implementation` takes it and last_launch() reports it.
+std::string LaunchName(const Plan& plan);
 
 }  // namespace int4mm::cuda

@@ -1,6 +1,7 @@
-# Which nvcc builds the CUDA kernels, and whether the CUDA module is built at all.
+# The CUDA toolkit: which nvcc builds the kernels, its runtime, and the architectures that it knows.
 
 set(INT4MM_NVCC_MINIMUM 12.4)
+set(INT4MM_NVCC_OF_THE_SYSTEM /usr/local/cuda/bin/nvcc)
 
 # int4mm_try_nvcc(<path> <where it was found>): sets INT4MM_NVCC, INT4MM_NVCC_VERSION and INT4MM_NVCC_ORIGIN in the
 # caller where <path> is an nvcc that is new enough and compiles with the host compiler; otherwise adds one sentence to
@@ -67,8 +68,8 @@ macro(int4mm_find_nvcc)
       int4mm_try_nvcc("${_nvcc_on_path}" PATH)
     endif()
   endif()
-  if(NOT INT4MM_NVCC AND EXISTS /usr/local/cuda/bin/nvcc)
-    int4mm_try_nvcc(/usr/local/cuda/bin/nvcc /usr/local/cuda)
+  if(NOT INT4MM_NVCC AND EXISTS "${INT4MM_NVCC_OF_THE_SYSTEM}")
+    int4mm_try_nvcc("${INT4MM_NVCC_OF_THE_SYSTEM}" /usr/local/cuda)
   endif()
   if(NOT INT4MM_NVCC AND Python_EXECUTABLE)
     # The wheels of one CUDA major version share one folder, nvidia/cu<major>, a toolkit in itself.
@@ -129,4 +130,20 @@ function(int4mm_find_cuda_runtime)
   find_library(cudart_static cudart_static HINTS ${library_dirs} "${top}/lib64" "${top}/lib" REQUIRED NO_CACHE)
   set(INT4MM_CUDA_INCLUDE_DIR "${include_dir}" PARENT_SCOPE)
   set(INT4MM_CUDART_STATIC "${cudart_static}" PARENT_SCOPE)
+endfunction()
+
+# int4mm_cuda_architectures(<variable>): those of our architectures that INT4MM_NVCC knows, machine code for each, and
+# PTX for the newest, which later GPUs compile for themselves.
+function(int4mm_cuda_architectures variable)
+  execute_process(COMMAND "${INT4MM_NVCC}" --list-gpu-arch OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)
+  set(architectures)
+  foreach(architecture 80 86 89 90a 100 120)
+    # The list names the family, 90, and leaves out 90a, the same with wgmma and setmaxnreg.
+    string(REPLACE "a" "" family ${architecture})
+    if(known MATCHES "compute_${family}[^0-9]")
+      list(APPEND architectures ${architecture}-real)
+      set(newest ${family}-virtual)
+    endif()
+  endforeach()
+  set(${variable} ${architectures} ${newest} PARENT_SCOPE)
 endfunction()

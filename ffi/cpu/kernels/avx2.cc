@@ -1,0 +1,129 @@
+// 8 lanes; two vpermps and a blend look up 8 weights. Compiled with -mavx2 -mfma -mf16c.
+#include <immintrin.h>
+
+#include "cpu/kernels/matmul.h"
+#include "cpu/kernels/x86.h"
+
+namespace int4mm::cpu {
+namespace {
+
+struct Avx2 {
+  static constexpr Isa kIsa = Isa::kAvx2;
+  static constexpr int kLanes = 8;
+  using Float = __m256;
+  using Words = __m256i;
+  struct Table {
+    __m256 low;   // The weights of q = 0..7.
+    __m256 high;  // Of q = 8..15.
+  };
+
+  static Float Zero() { return _mm256_setzero_ps(); }
+  static Float Load(const float* p) { return _mm256_loadu_ps(p); }
+  static void Store(float* p, Float v) { _mm256_storeu_ps(p, v); }
+  static Float MultiplyAdd(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static float Sum(Float v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+
+  static Table LoadTable(const float* table) { return {_mm256_load_ps(table), _mm256_load_ps(table + 8)}; }
+  static Float Lookup(Table table, Words words) {
+    // vpermps reads three bits of each index; the fourth, moved to the sign, chooses the half.
+    const __m256 low = _mm256_permutevar8x32_ps(table.low, words);
+    const __m256 high = _mm256_permutevar8x32_ps(table.high, words);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(words, 28)));
+  }
+  static Words NextNibble(Words words) { return _mm256_srli_epi32(words, 4); }
+
+  static __m128i Load4(const uint32_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static __m256i Load8(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static __m256i Join(__m128i low, __m128i high) { return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1); }
+
+  template <class O>
+  static void LoadUnit(const uint32_t* row, int part, Words* words) {
+    if constexpr (!O::kWholeTiles) {
+      // Word i of the unit is the (first + i / 4)-th word of lane i % 4 of the tile.
+      const __m256i first = _mm256_set1_epi32(part * (O::kWords / 4));
+      if constexpr (O::kRowWords == 8) {
+        const __m256i index = _mm256_add_epi32(first, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+        words[0] = _mm256_permutevar8x32_epi32(Load8(row), index);
+      } else {
+        constexpr int kSecond = O::kWords == 8 ? 1 : 0;
+        const __m256i index = _mm256_add_epi32(
+            first, _mm256_setr_epi32(0, 4, 0, 4, kSecond, 4 + kSecond, kSecond, 4 + kSecond));
+        const __m256i lanes01 = _mm256_permutevar8x32_epi32(Load8(row), index);
+        const __m256i lanes23 = _mm256_permutevar8x32_epi32(Load8(row + 8), index);
+        words[0] = _mm256_blend_epi32(lanes01, lanes23, 0b11001100);
+      }
+    } else if constexpr (O::kRowWords >= 8) {
+      for (int v = 0; v < O::kWordVectors; ++v) words[v] = Load8(row + 8 * v / O::kRowWords * O::kTileWords + 8 * v % O::kRowWords);
+    } else if constexpr (O::kWords >= 8) {
+      for (int v = 0; v < O::kWordVectors; ++v) {
+        words[v] = Join(Load4(row + 2 * v * O::kTileWords), Load4(row + (2 * v + 1) * O::kTileWords));
+      }
+    } else {
+      words[0] = _mm256_broadcastsi128_si256(Load4(row));
+    }
+    if constexpr (O::kCopies > 1) {
+      static_assert(O::kCopies == 2 && O::kSteps == 4);
+      words[0] = _mm256_srlv_epi32(words[0], _mm256_setr_epi32(0, 0, 0, 0, 16, 16, 16, 16));
+    }
+  }
+
+  template <DType dtype>
+  static Float Widen(const uint16_t* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if constexpr (dtype == DType::kFloat16) return _mm256_cvtph_ps(bits);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+
+  template <DType dtype>
+  static uint16_t Narrow(float value) {
+    return x86::Narrow<dtype>(value);
+  }
+
+  template <DType dtype>
+  static unsigned Suspects(const uint16_t* scales_and_zeros) {
+    return x86::Suspects<dtype>(scales_and_zeros);
+  }
+
+  template <DType dtype>
+  static __m256 Round(__m256 sum) {
+    if constexpr (dtype == DType::kFloat16) {
+      return _mm256_cvtph_ps(_mm256_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT));
+    } else {
+      // A NaN here has its low half clear, as its bfloat16 origin had, so that the sum does not carry it away.
+      const __m256i bits = _mm256_castps_si256(sum);
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+      return _mm256_castsi256_ps(_mm256_and_si256(rounded, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
+    }
+  }
+
+  template <DType dtype>
+  static void FastTables(const uint16_t* scales_and_zeros, float* tables) {
+    const __m256 q_low = _mm256_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1);
+    const __m256 q_high = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
+    for (int row = 0; row < 4; ++row, scales_and_zeros += 2, tables += 16) {
+      __m256 scale;
+      __m256 zero;
+      if constexpr (dtype == DType::kFloat16) {
+        scale = _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(scales_and_zeros[0])));
+        zero = _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(scales_and_zeros[1])));
+      } else {
+        const __m256i pair = _mm256_set1_epi32(x86::LoadPair(scales_and_zeros));
+        scale = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
+        zero = _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
+      }
+      _mm256_store_ps(tables, Round<dtype>(_mm256_fmadd_ps(q_low, scale, zero)));
+      _mm256_store_ps(tables + 8, Round<dtype>(_mm256_fmadd_ps(q_high, scale, zero)));
+    }
+  }
+};
+
+}  // namespace
+
+constexpr Kernel kAvx2Kernel = Matmul<Avx2>::MakeKernel();
+
+}  // namespace int4mm::cpu

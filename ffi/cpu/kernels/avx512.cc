@@ -1,0 +1,113 @@
+// 16 lanes; one vpermps looks up 16 weights. Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c.
+#include <immintrin.h>
+
+#include "cpu/kernels/matmul.h"
+#include "cpu/kernels/x86.h"
+
+namespace int4mm::cpu {
+namespace {
+
+struct Avx512 {
+  static constexpr Isa kIsa = Isa::kAvx512;
+  static constexpr int kLanes = 16;
+  using Float = __m512;
+  using Words = __m512i;
+  using Table = __m512;
+
+  static Float Zero() { return _mm512_setzero_ps(); }
+  static Float Load(const float* p) { return _mm512_loadu_ps(p); }
+  static void Store(float* p, Float v) { _mm512_storeu_ps(p, v); }
+  static Float MultiplyAdd(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static float Sum(Float v) { return _mm512_reduce_add_ps(v); }
+
+  static Table LoadTable(const float* table) { return _mm512_load_ps(table); }
+  static Float Lookup(Table table, Words words) { return _mm512_permutexvar_ps(words, table); }
+  static Words NextNibble(Words words) { return _mm512_srli_epi32(words, 4); }
+
+  static __m512i Lane() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+
+  static __m128i Load4(const uint32_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static __m256i Load8(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static __m256i Join(__m128i low, __m128i high) { return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1); }
+
+  template <class O>
+  static void LoadUnit(const uint32_t* row, int part, Words* words) {
+    __m512i w;
+    if constexpr (!O::kWholeTiles) {
+      // Lane l takes word l % kWords of the unit: lane (word % 4) of the tile, its (first + word / 4)-th word.
+      const __m512i word = _mm512_and_si512(Lane(), _mm512_set1_epi32(O::kWords - 1));
+      const __m512i in_lane = _mm512_mullo_epi32(_mm512_and_si512(word, _mm512_set1_epi32(3)),
+                                                 _mm512_set1_epi32(O::kWordsPerLane));
+      const __m512i index = _mm512_add_epi32(_mm512_add_epi32(in_lane, _mm512_srli_epi32(word, 2)),
+                                             _mm512_set1_epi32(part * (O::kWords / 4)));
+      const __m512i all = O::kRowWords == 16 ? _mm512_loadu_si512(row) : _mm512_castsi256_si512(Load8(row));
+      w = _mm512_permutexvar_epi32(index, all);
+    } else if constexpr (O::kWords == 16 && O::kRowWords == 16) {
+      w = _mm512_loadu_si512(row);
+    } else if constexpr (O::kWords == 16 && O::kRowWords == 8) {
+      w = _mm512_inserti64x4(_mm512_castsi256_si512(Load8(row)), Load8(row + O::kTileWords), 1);
+    } else if constexpr (O::kWords == 16) {
+      const __m256i low = Join(Load4(row), Load4(row + O::kTileWords));
+      const __m256i high = Join(Load4(row + 2 * O::kTileWords), Load4(row + 3 * O::kTileWords));
+      w = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    } else if constexpr (O::kWords == 8 && O::kRowWords == 8) {
+      w = _mm512_broadcast_i64x4(Load8(row));
+    } else if constexpr (O::kWords == 8) {
+      w = _mm512_broadcast_i64x4(Join(Load4(row), Load4(row + O::kTileWords)));
+    } else {
+      static_assert(O::kWords == 4 && O::kRowWords == 4);
+      w = _mm512_broadcast_i32x4(Load4(row));
+    }
+    if constexpr (O::kCopies > 1) {
+      const __m512i copy = _mm512_srli_epi32(Lane(), O::kWords == 8 ? 3 : 2);
+      w = _mm512_srlv_epi32(w, _mm512_slli_epi32(copy, O::kSteps == 4 ? 4 : 3));
+    }
+    words[0] = w;
+  }
+
+  template <DType dtype>
+  static Float Widen(const uint16_t* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (dtype == DType::kFloat16) return _mm512_cvtph_ps(bits);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+
+  template <DType dtype>
+  static uint16_t Narrow(float value) {
+    return x86::Narrow<dtype>(value);
+  }
+
+  template <DType dtype>
+  static unsigned Suspects(const uint16_t* scales_and_zeros) {
+    return x86::Suspects<dtype>(scales_and_zeros);
+  }
+
+  template <DType dtype>
+  static void FastTables(const uint16_t* scales_and_zeros, float* tables) {
+    const __m512 q = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    for (int row = 0; row < 4; ++row, scales_and_zeros += 2, tables += 16) {
+      if constexpr (dtype == DType::kFloat16) {
+        const __m512 scale = _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(scales_and_zeros[0])));
+        const __m512 zero = _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(scales_and_zeros[1])));
+        const __m256i rounded =
+            _mm512_cvtps_ph(_mm512_fmadd_ps(q, scale, zero), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        _mm512_store_ps(tables, _mm512_cvtph_ps(rounded));
+      } else {
+        const __m512i pair = _mm512_set1_epi32(x86::LoadPair(scales_and_zeros));
+        const __m512i high = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+        const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+        const __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(pair, high));
+        const __m512i sum = _mm512_castps_si512(_mm512_fmadd_ps(q, scale, zero));
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(sum, 16), _mm512_set1_epi32(1));
+        const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(sum, _mm512_set1_epi32(0x7FFF)), odd);
+        _mm512_store_si512(tables, _mm512_and_si512(rounded, high));
+      }
+    }
+  }
+};
+
+}  // namespace
+
+constexpr Kernel kAvx512Kernel = Matmul<Avx512>::MakeKernel();
+
+}  // namespace int4mm::cpu

@@ -1,0 +1,36 @@
+// What one instruction set offers the launcher. Each kernels/<isa>.cc defines one Kernel.
+#pragma once
+
+#include <cstdint>
+
+#include "core/problem.h"
+
+namespace int4mm::cpu {
+
+// Some tokens of one call. `x` holds their activations as f32 in the order of kernels/order.h, in slabs:
+// [k / kSlab][tokens][kSlab], the last slab as long as what is left of k.
+struct MatmulArgs {
+  Problem problem;
+  Operands operands;
+  int64_t first_token = 0;
+  int64_t tokens = 0;
+  float* x = nullptr;
+};
+
+struct Kernel {
+  // Fills args.x for one token of 0 .. args.tokens-1.
+  void (*order_activations)(const MatmulArgs& args, int64_t token);
+  // y for rows [row_begin, row_end), both multiples of 8, and at most kMaxDirectTokens tokens.
+  void (*direct)(const MatmulArgs& args, int64_t row_begin, int64_t row_end);
+  // y for rows [row_begin, row_end), both multiples of 8 and at most kPanelRows apart, and any number of tokens.
+  // `scratch` holds PanelScratchFloats(...) floats, aligned to 64 bytes, contents undefined.
+  void (*panel)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
+  int lanes;  // f32 values in one vector.
+};
+
+extern const Kernel kScalarKernel;
+extern const Kernel kAvx2Kernel;
+extern const Kernel kAvx512Kernel;
+extern const Kernel kNeonKernel;
+
+}  // namespace int4mm::cpu

@@ -1,0 +1,116 @@
+// 4 lanes; one TBL looks up the bytes of 4 weights. NEON is part of every aarch64 CPU, so no flags.
+#include <arm_neon.h>
+
+#include <cstring>
+
+#include "cpu/kernels/matmul.h"
+
+namespace int4mm::cpu {
+namespace {
+
+struct Neon {
+  static constexpr Isa kIsa = Isa::kNeon;
+  static constexpr int kLanes = 4;
+  using Float = float32x4_t;
+  using Words = uint32x4_t;
+  // Bytes 1, 2 and 3 of the sixteen weights: byte 0 of a widened bfloat16 or float16 is zero.
+  using Table = uint8x16x3_t;
+
+  static Float Zero() { return vdupq_n_f32(0); }
+  static Float Load(const float* p) { return vld1q_f32(p); }
+  static void Store(float* p, Float v) { vst1q_f32(p, v); }
+  static Float MultiplyAdd(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
+  static float Sum(Float v) { return vaddvq_f32(v); }
+
+  static Table LoadTable(const float* table) {
+    const uint8x16x4_t bytes = vld4q_u8(reinterpret_cast<const uint8_t*>(table));
+    return {{bytes.val[1], bytes.val[2], bytes.val[3]}};
+  }
+  static Float Lookup(Table table, Words words) {
+    // Each byte of a lane indexes its own sixteen bytes of the table; an index out of range gives zero.
+    const uint8x16_t low_bytes = {0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12};
+    const uint8x16_t plane = vreinterpretq_u8_u32(vdupq_n_u32(0x201000F0u));
+    const uint8x16_t nibbles = vandq_u8(vqtbl1q_u8(vreinterpretq_u8_u32(words), low_bytes), vdupq_n_u8(15));
+    return vreinterpretq_f32_u8(vqtbl3q_u8(table, vorrq_u8(nibbles, plane)));
+  }
+  static Words NextNibble(Words words) { return vshrq_n_u32(words, 4); }
+
+  template <class O>
+  static void LoadUnit(const uint32_t* row, int part, Words* words) {
+    static_assert(O::kCopies == 1);
+    for (int v = 0; v < O::kWordVectors; ++v) {
+      if constexpr (O::kWholeTiles) {
+        words[v] = vld1q_u32(row + 4 * v / O::kRowWords * O::kTileWords + 4 * v % O::kRowWords);
+      } else if constexpr (O::kRowWords == 16) {
+        words[v] = vld4q_u32(row).val[part * O::kWordVectors + v];
+      } else {
+        words[v] = vld2q_u32(row).val[part * O::kWordVectors + v];
+      }
+    }
+  }
+
+  template <DType dtype>
+  static Float WidenFour(uint16x4_t bits) {
+    if constexpr (dtype == DType::kFloat16) return vcvt_f32_f16(vreinterpret_f16_u16(bits));
+    return vreinterpretq_f32_u32(vshll_n_u16(bits, 16));
+  }
+
+  template <DType dtype>
+  static Float Widen(const uint16_t* p) {
+    return WidenFour<dtype>(vld1_u16(p));
+  }
+
+  template <DType dtype>
+  static uint16_t Narrow(float value) {
+    if constexpr (dtype == DType::kFloat16) {
+      return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(value))), 0);
+    }
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN stays NaN.
+    return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+  }
+
+  template <DType dtype>
+  static Float Round(Float sum) {
+    if constexpr (dtype == DType::kFloat16) {
+      return vcvt_f32_f16(vcvt_f16_f32(sum));
+    } else {
+      // A NaN here has its low half clear, as its bfloat16 origin had, so that the sum does not carry it away.
+      const uint32x4_t bits = vreinterpretq_u32_f32(sum);
+      const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+      const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7FFF)), odd);
+      return vreinterpretq_f32_u32(vandq_u32(rounded, vdupq_n_u32(0xFFFF0000u)));
+    }
+  }
+
+  template <DType dtype>
+  static void FastTables(const uint16_t* scales_and_zeros, float* tables) {
+    const float32x4_t first = {-8, -7, -6, -5};
+    for (int row = 0; row < 4; ++row, scales_and_zeros += 2, tables += 16) {
+      const Float scale = WidenFour<dtype>(vdup_n_u16(scales_and_zeros[0]));
+      const Float zero = WidenFour<dtype>(vdup_n_u16(scales_and_zeros[1]));
+      for (int i = 0; i < 16; i += 4) {
+        const Float q = vaddq_f32(first, vdupq_n_f32(static_cast<float>(i)));
+        vst1q_f32(tables + i, Round<dtype>(vfmaq_f32(zero, q, scale)));
+      }
+    }
+  }
+
+  template <DType dtype>
+  static unsigned Suspects(const uint16_t* scales_and_zeros) {
+    const uint16x4x2_t pairs = vld2_u16(scales_and_zeros);
+    const Float scales = vabsq_f32(WidenFour<dtype>(pairs.val[0]));
+    const Float zeros = vabsq_f32(WidenFour<dtype>(pairs.val[1]));
+    const uint32x4_t small = vcltq_f32(zeros, vmulq_n_f32(scales, DoubleRoundingLimit(dtype)));
+    const uint32x4_t suspect = vbicq_u32(small, vceqzq_f32(zeros));
+    const uint32x4_t bit = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(suspect, bit));
+  }
+};
+
+}  // namespace
+
+constexpr Kernel kNeonKernel = Matmul<Neon>::MakeKernel();
+
+}  // namespace int4mm::cpu

@@ -1,0 +1,103 @@
+// The portable kernel: 8 lanes as plain arrays, for CPUs without a kernel of their own. Compiled for the oldest CPU.
+#include <cmath>
+
+#include "core/float16.h"
+#include "cpu/kernels/matmul.h"
+
+namespace int4mm::cpu {
+namespace {
+
+struct Scalar {
+  static constexpr Isa kIsa = Isa::kScalar;
+  static constexpr int kLanes = 8;
+  struct Float {
+    float lane[kLanes];
+  };
+  struct Words {
+    uint32_t lane[kLanes];
+  };
+  using Table = const float*;
+
+  static Float Zero() { return {}; }
+  static Float Load(const float* p) {
+    Float v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static void Store(float* p, const Float& v) { std::memcpy(p, &v, sizeof(v)); }
+  static Float MultiplyAdd(const Float& a, const Float& b, Float c) {
+    for (int i = 0; i < kLanes; ++i) c.lane[i] += a.lane[i] * b.lane[i];
+    return c;
+  }
+  static float Sum(const Float& v) {
+    const float* x = v.lane;
+    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+  }
+
+  static Table LoadTable(const float* table) { return table; }
+  static Float Lookup(Table table, const Words& words) {
+    Float v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = table[words.lane[i] & 15];
+    return v;
+  }
+  static Words NextNibble(Words words) {
+    for (uint32_t& word : words.lane) word >>= 4;
+    return words;
+  }
+
+  template <class O>
+  static void LoadUnit(const uint32_t* row, int part, Words* words) {
+    for (int v = 0; v < O::kWordVectors; ++v) {
+      for (int i = 0; i < kLanes; ++i) {
+        const int word = (v * kLanes + i) % O::kWords;
+        const int copy = (v * kLanes + i) / O::kWords;
+        const int index = O::kWholeTiles ? word / O::kRowWords * O::kTileWords + word % O::kRowWords
+                                         : word % 4 * O::kWordsPerLane + part * (O::kWords / 4) + word / 4;
+        words[v].lane[i] = row[index] >> (4 * O::kSteps * copy);
+      }
+    }
+  }
+
+  template <DType dtype>
+  static Float Widen(const uint16_t* p) {
+    Float v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = int4mm::Widen(dtype, p[i]);
+    return v;
+  }
+
+  template <DType dtype>
+  static uint16_t Narrow(float value) {
+    return int4mm::Narrow(dtype, value);
+  }
+
+  template <DType dtype>
+  static void FastTables(const uint16_t* scales_and_zeros, float* tables) {
+    for (int row = 0; row < 4; ++row) {
+      const float scale = int4mm::Widen(dtype, scales_and_zeros[2 * row]);
+      const float zero = int4mm::Widen(dtype, scales_and_zeros[2 * row + 1]);
+      for (int q = 0; q < 16; ++q) {
+        // The product is exact but where it overflows, which ExactTable takes care of.
+        const float sum = static_cast<float>(q - 8) * scale + zero;
+        tables[16 * row + q] = int4mm::Widen(dtype, int4mm::Narrow(dtype, sum));
+      }
+    }
+  }
+
+  template <DType dtype>
+  static unsigned Suspects(const uint16_t* scales_and_zeros) {
+    unsigned suspects = 0;
+    for (int row = 0; row < 4; ++row) {
+      const float scale = std::fabs(int4mm::Widen(dtype, scales_and_zeros[2 * row]));
+      const float zero = std::fabs(int4mm::Widen(dtype, scales_and_zeros[2 * row + 1]));
+      const bool overflows = scale >= 0x1p124f;
+      if (overflows || (zero != 0 && zero < DoubleRoundingLimit(dtype) * scale)) suspects |= 1u << row;
+    }
+    return suspects;
+  }
+};
+
+}  // namespace
+
+constexpr Kernel kScalarKernel = Matmul<Scalar>::MakeKernel();
+
+}  // namespace int4mm::cpu

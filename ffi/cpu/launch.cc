@@ -1,0 +1,88 @@
+#include "cpu/launch.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "cpu/float_environment.h"
+#include "cpu/kernels/kernel.h"
+
+namespace int4mm::cpu {
+namespace {
+
+constexpr int64_t kActivationsPerTask = 32 * 1024;
+constexpr int64_t kCacheLine = 64;
+constexpr int64_t kFloatsPerLine = kCacheLine / static_cast<int64_t>(sizeof(float));
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+const Kernel& KernelOf(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::kAvx512:
+      return kAvx512Kernel;
+    case Isa::kAvx2:
+      return kAvx2Kernel;
+#elif defined(__aarch64__)
+    case Isa::kNeon:
+      return kNeonKernel;
+#endif
+    default:
+      return kScalarKernel;
+  }
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using FloatBuffer = std::unique_ptr<float, Free>;
+
+FloatBuffer AllocateLines(int64_t floats) {
+  const int64_t lines = CeilDiv(std::max(floats, int64_t{1}), kFloatsPerLine);
+  return FloatBuffer(static_cast<float*>(std::aligned_alloc(kCacheLine, static_cast<size_t>(lines * kCacheLine))));
+}
+
+}  // namespace
+
+Status Launch(const Problem& problem, const Plan& plan, const Operands& operands, ThreadPool& pool) {
+  if (problem.m == 0) return Status();
+  const Kernel& kernel = KernelOf(plan.isa);
+  const int64_t tokens = std::min(plan.tokens_per_pass, problem.m);
+  const int64_t tasks = CeilDiv(problem.n, plan.rows_per_task);
+  const int64_t workers = std::max(std::min(pool.num_threads(), tasks), int64_t{1});
+
+  const int64_t activations = CeilDiv(tokens * problem.k, kFloatsPerLine) * kFloatsPerLine;
+  const int64_t panel = plan.panel ? kPanelRows * (kSlab + tokens * kernel.lanes) : 0;
+  const FloatBuffer buffer = AllocateLines(activations + workers * panel);
+  if (buffer == nullptr) {
+    return Internal() << "int4pack_mm: no memory for " << (activations + workers * panel) * int64_t{sizeof(float)}
+                      << " bytes of activations and dequantised weights. Split x along m, or free memory.";
+  }
+
+  MatmulArgs args;
+  args.problem = problem;
+  args.operands = operands;
+  args.x = buffer.get();
+  for (args.first_token = 0; args.first_token < problem.m; args.first_token += tokens) {
+    args.tokens = std::min(tokens, problem.m - args.first_token);
+    const int64_t step = std::max(kActivationsPerTask / problem.k, int64_t{1});
+    ParallelFor(pool, CeilDiv(args.tokens, step), workers, [&](int64_t task, int64_t) {
+      const ScopedFloatEnvironment environment;
+      const int64_t end = std::min((task + 1) * step, args.tokens);
+      for (int64_t token = task * step; token < end; ++token) kernel.order_activations(args, token);
+    });
+    ParallelFor(pool, tasks, workers, [&](int64_t task, int64_t worker) {
+      const ScopedFloatEnvironment environment;
+      const int64_t begin = task * plan.rows_per_task;
+      const int64_t end = std::min(begin + plan.rows_per_task, problem.n);
+      if (plan.panel) {
+        kernel.panel(args, begin, end, buffer.get() + activations + worker * panel);
+      } else {
+        kernel.direct(args, begin, end);
+      }
+    });
+  }
+  return Status();
+}
+
+}  // namespace int4mm::cpu

@@ -1,0 +1,60 @@
+#include "cpu/parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <new>
+
+namespace int4mm::cpu {
+namespace {
+
+// Outlives the loop: a helper that the pool starts late finds no task left and touches nothing else.
+struct Loop {
+  Loop(int64_t num_tasks, const std::function<void(int64_t, int64_t)>* loop_body) : tasks(num_tasks), body(loop_body) {}
+
+  void Work(int64_t worker) {
+    int64_t finished = 0;
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks; ++finished) (*body)(task, worker);
+    if (finished == 0) return;
+    const std::lock_guard<std::mutex> lock(mutex);
+    done += finished;
+    if (done == tasks) all_done.notify_one();
+  }
+
+  void Wait() {
+    std::unique_lock<std::mutex> lock(mutex);
+    all_done.wait(lock, [this] { return done == tasks; });
+  }
+
+  const int64_t tasks;
+  const std::function<void(int64_t, int64_t)>* const body;  // Valid until `done` reaches `tasks`.
+  std::atomic<int64_t> next{0};
+  std::mutex mutex;
+  std::condition_variable all_done;
+  int64_t done = 0;
+};
+
+}  // namespace
+
+void ParallelFor(ThreadPool& pool, int64_t tasks, int64_t workers,
+                 const std::function<void(int64_t task, int64_t worker)>& body) {
+  workers = std::min(workers, tasks);
+  if (workers <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) body(task, 0);
+    return;
+  }
+  const auto loop = std::make_shared<Loop>(tasks, &body);
+  for (int64_t worker = 1; worker < workers; ++worker) {
+    try {
+      pool.Schedule([loop, worker] { loop->Work(worker); });
+    } catch (const std::bad_alloc&) {
+      break;  // Fewer helpers; those already scheduled use `body`, so the loop must be finished here.
+    }
+  }
+  loop->Work(0);
+  loop->Wait();
+}
+
+}  // namespace int4mm::cpu

@@ -1,0 +1,141 @@
+#include "cpu/plan.h"
+
+#include <algorithm>
+#include <sstream>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include "core/layout.h"
+
+namespace int4mm::cpu {
+namespace {
+
+constexpr int64_t kPackedBytesPerTask = 64 * 1024;  // Some ten microseconds' work: far more than taking a task costs.
+constexpr int64_t kMaxTokensPerPass = 128;          // Bounds the scratch; dequantising again costs a few per cent.
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+std::string Names(const std::vector<Isa>& isas) {
+  std::string names;
+  for (const Isa isa : isas) names += (names.empty() ? "\"" : ", \"") + std::string(IsaName(isa)) + "\"";
+  return names;
+}
+
+std::string TileName(const Plan& plan) {
+  return std::string(plan.panel ? "panel-" : "direct-") + std::to_string(plan.block.rows) + "x" +
+         std::to_string(plan.block.tokens);
+}
+
+// m = 0 and kUnknownM are planned as one token is.
+Plan DirectPlan(const Problem& problem, Isa isa) {
+  const int64_t tokens = std::max(problem.m, int64_t{1});
+  const int64_t bytes_per_tile = layout::kTileN * problem.k / 2;
+  Plan plan;
+  plan.isa = isa;
+  plan.block = DirectBlock(isa, static_cast<int>(tokens));
+  plan.rows_per_task = layout::kTileN * std::max(kPackedBytesPerTask / bytes_per_tile, int64_t{1});
+  plan.tokens_per_pass = tokens;
+  return plan;
+}
+
+Plan PanelPlan(const Problem& problem, Isa isa) {
+  const int64_t tokens = std::max(problem.m, int64_t{1});
+  const int64_t passes = CeilDiv(tokens, kMaxTokensPerPass);
+  Plan plan;
+  plan.isa = isa;
+  plan.panel = true;
+  plan.block = PanelBlock(isa);
+  plan.rows_per_task = kPanelRows;
+  plan.tokens_per_pass = CeilDiv(CeilDiv(tokens, passes), plan.block.tokens) * plan.block.tokens;
+  return plan;
+}
+
+// The plan whose name is `implementation`, "<isa>/<tile>".
+StatusOr<Plan> PlanTile(const Problem& problem, Isa isa, std::string_view implementation) {
+  std::vector<Plan> plans = {PanelPlan(problem, isa)};
+  if (problem.m <= kMaxDirectTokens) plans.push_back(DirectPlan(problem, isa));
+  std::string names;
+  for (const Plan& plan : plans) {
+    if (LaunchName(plan) == implementation) return plan;
+    names += (names.empty() ? "\"" : ", \"") + LaunchName(plan) + "\"";
+  }
+  return Unimplemented() << "int4pack_mm: implementation \"" << implementation << "\" names no tile for m = "
+                         << problem.m << "; there are " << names << ". Leave the tile out to choose.";
+}
+
+}  // namespace
+
+CpuFeatures DetectCpuFeatures() {
+  CpuFeatures features;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  features.avx2 = __builtin_cpu_supports("avx2");
+  features.fma = __builtin_cpu_supports("fma");
+  features.avx512f = __builtin_cpu_supports("avx512f");
+  features.avx512bw = __builtin_cpu_supports("avx512bw");
+  features.avx512dq = __builtin_cpu_supports("avx512dq");
+  features.avx512vl = __builtin_cpu_supports("avx512vl");
+  // Not every compiler's __builtin_cpu_supports knows F16C. Its instructions use the registers of AVX.
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  features.f16c = __builtin_cpu_supports("avx") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+#elif defined(__aarch64__)
+  features.neon = true;
+#endif
+  return features;
+}
+
+std::vector<Isa> SupportedIsas(const CpuFeatures& f) {
+  std::vector<Isa> isas;
+  const bool avx2 = f.avx2 && f.fma && f.f16c;
+  if (avx2 && f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl) isas.push_back(Isa::kAvx512);
+  if (avx2) isas.push_back(Isa::kAvx2);
+  if (f.neon) isas.push_back(Isa::kNeon);
+  isas.push_back(Isa::kScalar);
+  return isas;
+}
+
+StatusOr<Plan> MakePlan(const Problem& problem, const CpuFeatures& features, std::string_view implementation) {
+  if (Status status = Validate(problem); !status.ok()) return status;
+
+  const std::vector<Isa> isas = SupportedIsas(features);
+  Isa isa = isas.front();
+  if (!implementation.empty()) {
+    const std::string_view name = implementation.substr(0, implementation.find('/'));
+    const auto named = std::find_if(isas.begin(), isas.end(), [&](Isa one) { return name == IsaName(one); });
+    if (named == isas.end()) {
+      return Unimplemented() << "int4pack_mm: implementation \"" << implementation
+                             << "\" does not run on this CPU, which can run " << Names(isas)
+                             << ". Leave implementation=None to choose.";
+    }
+    isa = *named;
+    if (name.size() < implementation.size()) return PlanTile(problem, isa, implementation);
+  }
+  return problem.m > kMaxDirectTokens ? PanelPlan(problem, isa) : DirectPlan(problem, isa);
+}
+
+std::string LaunchName(const Plan& plan) { return std::string(IsaName(plan.isa)) + "/" + TileName(plan); }
+
+Explanation Explain(const Problem& problem, const Plan& plan) {
+  Explanation e;
+  e.implementation = IsaName(plan.isa);
+  e.tile = TileName(plan);
+  e.weights = "rounded";
+  std::ostringstream reason;
+  if (problem.m == kUnknownM) {
+    e.tile = "at the call";
+    reason << "m is not known when the program is compiled, so the tile is chosen at the call";
+  } else if (plan.panel) {
+    reason << kPanelRows << " rows of w at a time are dequantised into cache and multiplied by up to "
+           << plan.tokens_per_pass << " tokens, " << plan.block.rows << " rows by " << plan.block.tokens
+           << " tokens in registers; with " << kMaxDirectTokens << " tokens or fewer w would not be written";
+  } else {
+    reason << "for " << kMaxDirectTokens << " tokens or fewer each weight goes from its group's table of 16 straight to "
+           << "the sums, which are " << plan.block.rows << " rows by " << plan.block.tokens << " tokens in registers";
+  }
+  e.reason = reason.str();
+  return e;
+}
+
+}  // namespace int4mm::cpu

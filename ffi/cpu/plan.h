@@ -1,0 +1,52 @@
+// Problem + what this CPU can do -> plan: which instruction set, which blocking. Compiled for the oldest CPU and free of
+// intrinsics, so that every machine can test every choice.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/explanation.h"
+#include "core/problem.h"
+#include "core/status.h"
+#include "cpu/isa.h"
+
+namespace int4mm::cpu {
+
+// What the CPU has and the operating system saves.
+struct CpuFeatures {
+  bool avx2 = false;
+  bool fma = false;
+  bool f16c = false;
+  bool avx512f = false;
+  bool avx512bw = false;
+  bool avx512dq = false;
+  bool avx512vl = false;
+  bool neon = false;
+};
+
+CpuFeatures DetectCpuFeatures();
+
+// The instruction sets whose kernels run on such a CPU, best first; never empty.
+std::vector<Isa> SupportedIsas(const CpuFeatures& features);
+
+struct Plan {
+  Isa isa = Isa::kScalar;
+  bool panel = false;           // Whether w goes through a panel in cache, or from the table straight to the sums.
+  RegisterBlock block{0, 0};    // Rows of w by tokens whose sums are in registers.
+  int64_t rows_per_task = 0;    // Multiple of 8.
+  int64_t tokens_per_pass = 0;  // Tokens whose activations are widened at a time; w is read once a pass.
+};
+
+// `implementation` is the name of an instruction set, alone or with one of its tiles ("avx2/panel-4x3"), or empty to
+// choose. The m of the problem may be kUnknownM: the tile is then chosen at the call.
+StatusOr<Plan> MakePlan(const Problem& problem, const CpuFeatures& features, std::string_view implementation);
+
+Explanation Explain(const Problem& problem, const Plan& plan);
+
+// "<implementation>/<tile>", as `implementation` takes it and last_launch() reports it. The tile is the path of w and
+// the register block, rows of w by tokens: "direct-8x1", "panel-4x6".
+std::string LaunchName(const Plan& plan);
+
+}  // namespace int4mm::cpu

@@ -1,0 +1,15 @@
+// The ampere kernel: mma.sync for sm_80 and newer, any m. docs/kernels/ampere.md describes it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/problem.h"
+#include "core/status.h"
+#include "cuda/plan.h"
+
+namespace int4mm::cuda::ampere {
+
+// Enqueues the plan's kernel on the stream of the current device. The buffers are aligned to 16 bytes.
+Status Launch(const Problem& problem, const Operands& operands, const Plan& plan, cudaStream_t stream);
+
+}  // namespace int4mm::cuda::ampere

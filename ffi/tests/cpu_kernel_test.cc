@@ -1,0 +1,450 @@
+// Every CPU kernel that runs here against a float64 oracle written apart from it, without XLA and without Python.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/problem.h"
+#include "cpu/kernels/kernel.h"
+#include "cpu/launch.h"
+#include "cpu/plan.h"
+#include "tests/check.h"
+#include "tests/std_thread_pool.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace int4mm::cpu {
+namespace {
+
+// ---- Memory whose end is followed by a page that traps, and whose beginning is watched ------------------------------
+
+template <typename T>
+class GuardedArray {
+ public:
+  explicit GuardedArray(int64_t size) : size_(size) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t bytes = static_cast<size_t>(size) * sizeof(T);
+    mapped_bytes_ = (bytes + kBand + page - 1) / page * page + page;
+    mapping_ = static_cast<char*>(
+        mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (mapping_ == MAP_FAILED) {
+      mapping_ = nullptr;
+      return;
+    }
+    mprotect(mapping_ + mapped_bytes_ - page, page, PROT_NONE);
+    data_ = reinterpret_cast<T*>(mapping_ + mapped_bytes_ - page - bytes);
+    std::memset(reinterpret_cast<char*>(data_) - kBand, kPattern, kBand);
+  }
+  GuardedArray(const GuardedArray&) = delete;
+  GuardedArray& operator=(const GuardedArray&) = delete;
+  ~GuardedArray() {
+    if (mapping_ != nullptr) munmap(mapping_, mapped_bytes_);
+  }
+
+  explicit operator bool() const { return data_ != nullptr; }
+  T* data() { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  int64_t size() const { return size_; }
+  T* begin() { return data_; }
+  T* end() { return data_ + size_; }
+  bool BandIntact() const {
+    const char* band = reinterpret_cast<const char*>(data_) - kBand;
+    return std::all_of(band, band + kBand, [](char c) { return c == kPattern; });
+  }
+
+ private:
+  static constexpr size_t kBand = 256;
+  static constexpr char kPattern = 0x5A;
+  int64_t size_;
+  size_t mapped_bytes_ = 0;
+  char* mapping_ = nullptr;
+  T* data_ = nullptr;
+};
+
+// ---- The oracle -----------------------------------------------------------------------------------------------------
+
+static_assert(LDBL_MANT_DIG >= 64, "the oracle's sums are exact only in a long double of 64 bits or more");
+
+int SignificandBits(DType dtype) { return dtype == DType::kBFloat16 ? 8 : 11; }
+int SmallestExponent(DType dtype) { return dtype == DType::kBFloat16 ? -126 : -14; }
+
+// The distance of neighbouring numbers at `value`.
+double Ulp(DType dtype, double value) {
+  const int exponent = value == 0 ? SmallestExponent(dtype) : std::max(std::ilogb(value), SmallestExponent(dtype));
+  return std::ldexp(1.0, exponent - SignificandBits(dtype) + 1);
+}
+
+// Nearest, ties to even; overflow is not treated, the tests keep away from it.
+double Round(DType dtype, long double value) {
+  const double ulp = Ulp(dtype, static_cast<double>(value));
+  return static_cast<double>(std::nearbyintl(value / ulp) * ulp);
+}
+
+double Decode(DType dtype, uint16_t bits) {
+  const int fraction_bits = SignificandBits(dtype) - 1;
+  const int exponent = (bits & 0x7FFF) >> fraction_bits;
+  const int fraction = bits & ((1 << fraction_bits) - 1);
+  const int largest_exponent = (1 << (15 - fraction_bits)) - 1;
+  double magnitude;
+  if (exponent == largest_exponent) {
+    magnitude = fraction == 0 ? INFINITY : NAN;
+  } else if (exponent == 0) {
+    magnitude = std::ldexp(fraction, SmallestExponent(dtype) - fraction_bits);
+  } else {
+    magnitude = std::ldexp(fraction + (1 << fraction_bits), SmallestExponent(dtype) + exponent - 1 - fraction_bits);
+  }
+  return (bits & 0x8000) != 0 ? -magnitude : magnitude;
+}
+
+// The bits of a value that `dtype` holds.
+uint16_t Encode(DType dtype, double value) {
+  const int fraction_bits = SignificandBits(dtype) - 1;
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const double magnitude = std::fabs(value);
+  if (magnitude < std::ldexp(1.0, SmallestExponent(dtype))) {
+    return static_cast<uint16_t>(sign | static_cast<int>(magnitude / Ulp(dtype, 0)));
+  }
+  const int exponent = std::ilogb(magnitude);
+  const int fraction = static_cast<int>(std::ldexp(magnitude, fraction_bits - exponent)) - (1 << fraction_bits);
+  return static_cast<uint16_t>(sign | ((exponent - SmallestExponent(dtype) + 1) << fraction_bits) | fraction);
+}
+
+double Weight(DType dtype, int q, double scale, double zero) {
+  return Round(dtype, (q - 8) * static_cast<long double>(scale) + static_cast<long double>(zero));
+}
+
+// ---- Problems -------------------------------------------------------------------------------------------------------
+
+enum class Scales { kOrdinary, kTraps, kSubnormal };
+
+struct Case {
+  Problem problem;
+  std::vector<uint8_t> q;  // [n][k]
+  GuardedArray<uint16_t> x;
+  GuardedArray<uint32_t> packed;
+  GuardedArray<uint16_t> scales_and_zeros;
+  std::vector<double> weights;  // [n][k]
+
+  explicit Case(const Problem& p)
+      : problem(p),
+        q(static_cast<size_t>(p.n * p.k)),
+        x(p.m * p.k),
+        packed(p.n * p.k / 8),
+        scales_and_zeros(p.k / p.group_size * p.n * 2),
+        weights(static_cast<size_t>(p.n * p.k)) {}
+
+  Operands operands(uint16_t* y) { return {x.data(), packed.data(), scales_and_zeros.data(), y}; }
+};
+
+// The format as the specification words it, one nibble at a time.
+void Pack(Case& c) {
+  const Problem& p = c.problem;
+  std::fill(c.packed.begin(), c.packed.end(), 0u);
+  const int64_t ikt = p.inner_k_tiles;
+  for (int64_t n = 0; n < p.n; ++n) {
+    for (int64_t k = 0; k < p.k; ++k) {
+      const int64_t tile = (n / 8) * (p.k / (16 * ikt)) + k / (16 * ikt);
+      const int64_t lane = 4 * (n % 8) + k / 2 % 4;
+      const int64_t word = k % (16 * ikt) / 32;
+      const int64_t nibble = 4 * (k % 2) + 2 * (k / 16 % 2) + k / 8 % 2;
+      c.packed[(tile * 32 + lane) * (ikt / 2) + word] |= static_cast<uint32_t>(c.q[static_cast<size_t>(n * p.k + k)])
+                                                         << (4 * nibble);
+    }
+  }
+}
+
+std::string Name(const Problem& p) {
+  std::ostringstream name;
+  name << DTypeName(p.dtype) << " m=" << p.m << " n=" << p.n << " k=" << p.k << " group_size=" << p.group_size
+       << " inner_k_tiles=" << p.inner_k_tiles;
+  return name.str();
+}
+
+void FillScales(Case& c, Scales scales, std::mt19937_64& random) {
+  const Problem& p = c.problem;
+  std::normal_distribution<double> normal;
+  std::uniform_int_distribution<int> die(0, 9);
+  const auto round = [&](double v) { return Round(p.dtype, v); };
+  for (int64_t group = 0; group < p.k / p.group_size; ++group) {
+    for (int64_t n = 0; n < p.n; ++n) {
+      double scale = round(0.01 * normal(random));
+      double zero = round(0.05 * normal(random));
+      const int choice = die(random);
+      if (choice == 0) zero = 0;
+      if (choice == 1) scale = 0;
+      if (scales == Scales::kTraps) {
+        // Zeros that are tiny beside the scale, where rounding the f32 sum again goes wrong.
+        const int down = std::uniform_int_distribution<int>(8, p.dtype == DType::kBFloat16 ? 34 : 14)(random);
+        scale = round(std::ldexp(1 + std::fabs(normal(random)), p.dtype == DType::kBFloat16 ? 0 : 8));
+        zero = round(std::ldexp(scale * normal(random), -down));
+      }
+      if (scales == Scales::kSubnormal) {
+        scale = round(std::ldexp(normal(random), SmallestExponent(p.dtype) - 2));
+        zero = round(std::ldexp(normal(random), SmallestExponent(p.dtype) - 2));
+      }
+      const int64_t index = 2 * (group * p.n + n);
+      c.scales_and_zeros[index] = Encode(p.dtype, scale);
+      c.scales_and_zeros[index + 1] = Encode(p.dtype, zero);
+      for (int64_t k = group * p.group_size; k < (group + 1) * p.group_size; ++k) {
+        const size_t i = static_cast<size_t>(n * p.k + k);
+        c.weights[i] = Weight(p.dtype, c.q[i], scale, zero);
+      }
+    }
+  }
+}
+
+void Fill(Case& c, Scales scales, std::mt19937_64& random) {
+  std::uniform_int_distribution<int> nibble(0, 15);
+  for (uint8_t& q : c.q) q = static_cast<uint8_t>(nibble(random));
+  Pack(c);
+  FillScales(c, scales, random);
+  std::normal_distribution<double> normal;
+  for (uint16_t& x : c.x) x = Encode(c.problem.dtype, Round(c.problem.dtype, normal(random)));
+}
+
+constexpr uint16_t kPoison = 0x7FB1;  // A NaN in both types, and never the result of these cases.
+
+// y of the first m tokens, on `threads` threads, by the kernels of one instruction set.
+std::vector<uint16_t> Run(Case& c, Isa isa, int64_t m, int64_t threads) {
+  Problem problem = c.problem;
+  problem.m = m;
+  GuardedArray<uint16_t> y(m * problem.n);
+  std::fill(y.begin(), y.end(), kPoison);
+  const StatusOr<Plan> plan = MakePlan(problem, DetectCpuFeatures(), IsaName(isa));
+  EXPECT(plan.ok()) << plan.status().message();
+  StdThreadPool pool(threads);
+  const Status status = Launch(problem, *plan, c.operands(y.data()), pool);
+  EXPECT(status.ok()) << status.message();
+  EXPECT(y.BandIntact()) << IsaName(isa) << " wrote before y, " << Name(problem);
+  EXPECT(std::find(y.begin(), y.end(), kPoison) == y.end()) << IsaName(isa) << " left outputs unwritten, "
+                                                            << Name(problem);
+  return std::vector<uint16_t>(y.begin(), y.end());
+}
+
+// y within the bound of the documentation: f32 accumulation in any order, one rounding.
+void ExpectClose(Case& c, Isa isa, const std::vector<uint16_t>& y, const std::vector<double>& exact,
+                 const std::vector<double>& magnitude) {
+  const Problem& p = c.problem;
+  int64_t different = 0;
+  for (size_t i = 0; i < y.size(); ++i) {
+    const double actual = Decode(p.dtype, y[i]);
+    const double expected = Round(p.dtype, exact[i]);
+    const double bound = p.dtype == DType::kBFloat16
+                             ? Ulp(p.dtype, std::max(std::fabs(expected), std::ldexp(magnitude[i], -16)))
+                             : Ulp(p.dtype, expected) + std::ldexp(magnitude[i], -20);
+    different += actual != expected;
+    if (!(std::fabs(actual - expected) <= bound)) {
+      EXPECT(false) << IsaName(isa) << " " << Name(p) << " y[" << i / static_cast<size_t>(p.n) << "]["
+                    << i % static_cast<size_t>(p.n) << "] is " << actual << ", expected " << expected << " +- " << bound;
+      return;
+    }
+  }
+  if (p.dtype == DType::kBFloat16) {
+    EXPECT(static_cast<double>(different) <= 3 + 0.005 * static_cast<double>(y.size()))
+        << IsaName(isa) << " " << Name(p) << ": " << different << " of " << y.size() << " differ in the last place";
+  }
+}
+
+std::vector<Problem> Grid() {
+  std::vector<Problem> problems;
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (const int64_t group_size : {32, 64, 128, 256}) {
+      for (const int64_t inner_k_tiles : {2, 4, 8}) {
+        const int64_t step = std::lcm(16 * inner_k_tiles, group_size);
+        for (const auto& [n, steps] : {std::pair<int64_t, int64_t>{8, 1}, {40, 3}, {136, 768 / step + 1}}) {
+          problems.push_back({65, n, steps * step, group_size, inner_k_tiles, dtype});
+        }
+      }
+    }
+  }
+  return problems;
+}
+
+void TestProducts(const std::vector<Isa>& isas, std::mt19937_64& random) {
+  for (const Problem& p : Grid()) {
+    Case c(p);
+    Fill(c, Scales::kOrdinary, random);
+    std::vector<double> exact(static_cast<size_t>(p.m * p.n));
+    std::vector<double> magnitude(exact.size());
+    std::vector<double> x(static_cast<size_t>(p.k));
+    for (int64_t m = 0; m < p.m; ++m) {
+      for (int64_t k = 0; k < p.k; ++k) x[static_cast<size_t>(k)] = Decode(p.dtype, c.x[m * p.k + k]);
+      for (int64_t n = 0; n < p.n; ++n) {
+        const double* w = &c.weights[static_cast<size_t>(n * p.k)];
+        double sum = 0;
+        double sum_magnitude = 0;
+        for (size_t k = 0; k < x.size(); ++k) {
+          sum += w[k] * x[k];
+          sum_magnitude += std::fabs(w[k] * x[k]);
+        }
+        exact[static_cast<size_t>(m * p.n + n)] = sum;
+        magnitude[static_cast<size_t>(m * p.n + n)] = sum_magnitude;
+      }
+    }
+    for (const Isa isa : isas) {
+      const std::vector<uint16_t> y = Run(c, isa, p.m, 1);
+      ExpectClose(c, isa, y, exact, magnitude);
+      for (const int64_t m : {1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 65}) {
+        const std::vector<uint16_t> some = Run(c, isa, m, 1 + m % 5);
+        EXPECT(std::equal(some.begin(), some.end(), y.begin()))
+            << IsaName(isa) << " " << Name(p) << ": rows of y change with m=" << m << " or with the threads";
+      }
+    }
+  }
+}
+
+// Multiplying by the identity reads off the weights, which must be right in every bit (a weight of -0 comes out as +0).
+void TestWeights(const std::vector<Isa>& isas, std::mt19937_64& random) {
+  for (Problem p : Grid()) {
+    if (p.n != 40) continue;
+    p.m = p.k;
+    for (const Scales scales : {Scales::kOrdinary, Scales::kTraps, Scales::kSubnormal}) {
+      Case c(p);
+      Fill(c, scales, random);
+      for (int64_t m = 0; m < p.m; ++m) {
+        for (int64_t k = 0; k < p.k; ++k) c.x[m * p.k + k] = Encode(p.dtype, m == k ? 1 : 0);
+      }
+      for (const Isa isa : isas) {
+        const std::vector<uint16_t> y = Run(c, isa, p.m, 3);
+        int64_t wrong = 0;
+        for (int64_t k = 0; k < p.k; ++k) {
+          for (int64_t n = 0; n < p.n; ++n) {
+            wrong += Decode(p.dtype, y[static_cast<size_t>(k * p.n + n)]) != c.weights[static_cast<size_t>(n * p.k + k)];
+          }
+        }
+        EXPECT(wrong == 0) << IsaName(isa) << " " << Name(p) << ": " << wrong << " of " << p.n * p.k
+                           << " weights are wrong, kind of scales " << static_cast<int>(scales);
+      }
+    }
+  }
+}
+
+// A thread that flushes subnormals, as XLA's do, gets the same y, and finds its settings as it left them.
+void TestFlushToZero(const std::vector<Isa>& isas, std::mt19937_64& random) {
+#if defined(__x86_64__)
+  Problem p{2, 16, 256, 128, 8, DType::kBFloat16};
+  Case c(p);
+  Fill(c, Scales::kSubnormal, random);
+  for (const Isa isa : isas) {
+    const std::vector<uint16_t> y = Run(c, isa, p.m, 1);
+    EXPECT(std::any_of(y.begin(), y.end(), [](uint16_t v) { return (v & 0x7FFF) != 0; }))
+        << "the case is meant to have outputs other than zero";
+    const unsigned before = _mm_getcsr();
+    const unsigned flushing = before | 0x8040;
+    _mm_setcsr(flushing);
+    const std::vector<uint16_t> flushed = Run(c, isa, p.m, 1);
+    const unsigned after = _mm_getcsr();
+    _mm_setcsr(before);
+    EXPECT(flushed == y) << IsaName(isa) << " depends on the caller's flush-to-zero";
+    EXPECT((after & 0x8040) == 0x8040) << IsaName(isa) << " changed the caller's floating point environment";
+  }
+#else
+  (void)isas, (void)random;
+  std::cout << "SKIPPED TestFlushToZero: written for MXCSR\n";
+#endif
+}
+
+// NaN and infinity reach y as such.
+void TestNonFinite(const std::vector<Isa>& isas, std::mt19937_64& random) {
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    Problem p{6, 8, 128, 128, 8, dtype};
+    Case c(p);
+    Fill(c, Scales::kOrdinary, random);
+    const uint16_t infinity = dtype == DType::kBFloat16 ? 0x7F80 : 0x7C00;
+    c.x[1 * p.k + 5] = infinity | 1;
+    c.x[3 * p.k + 7] = infinity;
+    for (int64_t n = 0; n < p.n; ++n) {
+      c.q[static_cast<size_t>(n * p.k + 7)] = 12;
+      c.scales_and_zeros[2 * n] = Encode(dtype, n % 2 == 0 ? 0.5 : -0.5);
+      c.scales_and_zeros[2 * n + 1] = 0;
+    }
+    Pack(c);
+    for (const Isa isa : isas) {
+      for (const int64_t m : {4, 6}) {
+        const std::vector<uint16_t> y = Run(c, isa, m, 1);
+        for (int64_t row = 0; row < m; ++row) {
+          for (int64_t n = 0; n < p.n; ++n) {
+            const double v = Decode(dtype, y[static_cast<size_t>(row * p.n + n)]);
+            const bool right = row == 1   ? std::isnan(v)
+                               : row == 3 ? v == (n % 2 == 0 ? INFINITY : -INFINITY)
+                                          : std::isfinite(v);
+            EXPECT(right) << IsaName(isa) << " " << Name(p) << " y[" << row << "][" << n << "] is " << v;
+          }
+        }
+      }
+    }
+  }
+}
+
+// The last tile of arrays of more than 2^32 bytes and elements; only the pages that are touched exist.
+void TestLargeOffsets(std::mt19937_64& random) {
+  constexpr int64_t kToken = (int64_t{1} << 32) / 8192 + 3;
+  Problem large{kToken + 1, (int64_t{1} << 20) + 8, 8192, 256, 8, DType::kBFloat16};
+  Problem small = large;
+  small.m = 1;
+  small.n = 8;
+  Case expected(small);
+  Fill(expected, Scales::kOrdinary, random);
+
+  GuardedArray<uint16_t> x(large.m * large.k);
+  GuardedArray<uint32_t> packed(large.n * large.k / 8);
+  GuardedArray<uint16_t> scales_and_zeros(large.k / large.group_size * large.n * 2);
+  GuardedArray<uint16_t> y(large.m * large.n);
+  if (!x || !packed || !scales_and_zeros || !y) {
+    std::cout << "SKIPPED TestLargeOffsets: no address space\n";
+    return;
+  }
+  std::copy(expected.x.begin(), expected.x.end(), x.end() - small.k);
+  std::copy(expected.packed.begin(), expected.packed.end(), packed.end() - expected.packed.size());
+  for (int64_t group = 0; group < small.k / small.group_size; ++group) {
+    std::copy_n(expected.scales_and_zeros.data() + 2 * group * small.n, 2 * small.n,
+                scales_and_zeros.data() + 2 * ((group + 1) * large.n - small.n));
+  }
+  const std::vector<uint16_t> expected_y = Run(expected, Isa::kScalar, 1, 1);
+  std::vector<float> ordered(static_cast<size_t>(large.k));
+  std::vector<float> scratch(static_cast<size_t>(kPanelRows * (kSlab + kScalarKernel.lanes)) + 16);
+  const size_t misalignment = reinterpret_cast<uintptr_t>(scratch.data()) % 64 / sizeof(float);
+  float* aligned_scratch = scratch.data() + (16 - misalignment) % 16;
+  MatmulArgs args;
+  args.problem = large;
+  args.operands = {x.data(), packed.data(), scales_and_zeros.data(), y.data()};
+  args.first_token = kToken;
+  args.tokens = 1;
+  args.x = ordered.data();
+  kScalarKernel.order_activations(args, 0);
+  kScalarKernel.direct(args, large.n - 8, large.n);
+  EXPECT(std::equal(expected_y.begin(), expected_y.end(), y.end() - 8)) << "direct";
+  std::fill(y.end() - 8, y.end(), kPoison);
+  kScalarKernel.panel(args, large.n - 8, large.n, aligned_scratch);
+  EXPECT(std::equal(expected_y.begin(), expected_y.end(), y.end() - 8)) << "panel";
+}
+
+int Main() {
+  std::mt19937_64 random(test::Seed());
+  const std::vector<Isa> isas = SupportedIsas(DetectCpuFeatures());
+  for (const Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kNeon, Isa::kScalar}) {
+    const bool runs = std::find(isas.begin(), isas.end(), isa) != isas.end();
+    std::cout << (runs ? "testing " : "SKIPPED ") << IsaName(isa) << (runs ? "\n" : ": this CPU does not have it\n");
+  }
+  TestWeights(isas, random);
+  TestProducts(isas, random);
+  TestFlushToZero(isas, random);
+  TestNonFinite(isas, random);
+  TestLargeOffsets(random);
+  return test::Result();
+}
+
+}  // namespace
+}  // namespace int4mm::cpu
+
+int main() { return int4mm::cpu::Main(); }

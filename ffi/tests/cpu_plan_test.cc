@@ -1,0 +1,203 @@
+#include "cpu/plan.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "core/layout.h"
+#include "tests/check.h"
+
+namespace int4mm::cpu {
+namespace {
+
+constexpr Problem kProblem{1, 4096, 4096, 128, 8, DType::kBFloat16};
+
+CpuFeatures Avx2Cpu() {
+  CpuFeatures features;
+  features.avx2 = features.fma = features.f16c = true;
+  return features;
+}
+
+CpuFeatures Avx512Cpu() {
+  CpuFeatures features = Avx2Cpu();
+  features.avx512f = features.avx512bw = features.avx512dq = features.avx512vl = true;
+  return features;
+}
+
+CpuFeatures NeonCpu() {
+  CpuFeatures features;
+  features.neon = true;
+  return features;
+}
+
+Problem WithM(int64_t m) {
+  Problem problem = kProblem;
+  problem.m = m;
+  return problem;
+}
+
+void TestSupportedIsas() {
+  EXPECT((SupportedIsas(Avx512Cpu()) == std::vector<Isa>{Isa::kAvx512, Isa::kAvx2, Isa::kScalar}));
+  EXPECT((SupportedIsas(Avx2Cpu()) == std::vector<Isa>{Isa::kAvx2, Isa::kScalar}));
+  EXPECT((SupportedIsas(NeonCpu()) == std::vector<Isa>{Isa::kNeon, Isa::kScalar}));
+  EXPECT((SupportedIsas({}) == std::vector<Isa>{Isa::kScalar}));
+}
+
+// A kernel may use every instruction that its file is compiled for, so it needs all of them.
+void TestEveryFeatureIsNeeded() {
+  for (bool CpuFeatures::*feature :
+       {&CpuFeatures::avx512f, &CpuFeatures::avx512bw, &CpuFeatures::avx512dq, &CpuFeatures::avx512vl}) {
+    CpuFeatures features = Avx512Cpu();
+    features.*feature = false;
+    EXPECT((SupportedIsas(features) == std::vector<Isa>{Isa::kAvx2, Isa::kScalar}));
+  }
+  for (bool CpuFeatures::*feature : {&CpuFeatures::avx2, &CpuFeatures::fma, &CpuFeatures::f16c}) {
+    CpuFeatures features = Avx512Cpu();
+    features.*feature = false;
+    EXPECT((SupportedIsas(features) == std::vector<Isa>{Isa::kScalar}));
+  }
+}
+
+void TestThisMachine() {
+  const std::vector<Isa> isas = SupportedIsas(DetectCpuFeatures());
+  EXPECT(isas.back() == Isa::kScalar);
+  for (const Isa isa : isas) std::cout << "this CPU can run " << IsaName(isa) << "\n";
+}
+
+void TestChoosesTheBest() {
+  const struct {
+    CpuFeatures features;
+    Isa isa;
+  } machines[] = {{Avx512Cpu(), Isa::kAvx512}, {Avx2Cpu(), Isa::kAvx2}, {NeonCpu(), Isa::kNeon}, {{}, Isa::kScalar}};
+  for (const auto& machine : machines) {
+    const StatusOr<Plan> plan = MakePlan(kProblem, machine.features, "");
+    EXPECT(plan.ok()) << plan.status().message();
+    EXPECT(plan->isa == machine.isa) << IsaName(plan->isa);
+  }
+}
+
+void TestTakesTheNamedOne() {
+  for (const Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kScalar}) {
+    for (const int64_t m : {int64_t{1}, int64_t{64}, kUnknownM}) {
+      const StatusOr<Plan> plan = MakePlan(WithM(m), Avx512Cpu(), IsaName(isa));
+      EXPECT(plan.ok()) << plan.status().message();
+      EXPECT(plan->isa == isa) << IsaName(plan->isa);
+    }
+  }
+}
+
+void TestRefusesWhatCannotRun() {
+  const struct {
+    CpuFeatures features;
+    const char* implementation;
+    const char* says;
+  } refusals[] = {
+      {Avx2Cpu(), "avx512", "implementation \"avx512\" does not run on this CPU, which can run \"avx2\", \"scalar\""},
+      {Avx512Cpu(), "neon", "which can run \"avx512\", \"avx2\", \"scalar\""},
+      {NeonCpu(), "avx2", "which can run \"neon\", \"scalar\""},
+      {Avx512Cpu(), "hopper", "\"hopper\""},
+      {Avx512Cpu(), "AVX2", "\"AVX2\""},
+      {Avx512Cpu(), "avx", "\"avx\""},
+      {Avx512Cpu(), "/panel-4x6", "\"/panel-4x6\""},
+  };
+  for (const auto& refusal : refusals) {
+    const StatusOr<Plan> plan = MakePlan(kProblem, refusal.features, refusal.implementation);
+    EXPECT(plan.status().code() == StatusCode::kUnimplemented) << refusal.implementation;
+    EXPECT(plan.status().message().find(refusal.says) != std::string::npos) << plan.status().message();
+  }
+}
+
+void TestRefusesABadProblem() {
+  Problem problem = kProblem;
+  problem.k = 4000;
+  const StatusOr<Plan> plan = MakePlan(problem, Avx512Cpu(), "");
+  EXPECT(plan.status().code() == StatusCode::kInvalidArgument);
+  EXPECT(plan.status().message().find("k is 4000") != std::string::npos) << plan.status().message();
+}
+
+// A plan's own name gives the same plan; every tile serves every m that it says it does.
+void TestNamedTiles() {
+  for (const Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kScalar}) {
+    for (const int64_t m : {0, 1, 2, 3, 4, 5, 64, 1000}) {
+      const StatusOr<Plan> chosen = MakePlan(WithM(m), Avx512Cpu(), IsaName(isa));
+      const StatusOr<Plan> named = MakePlan(WithM(m), Avx512Cpu(), LaunchName(*chosen));
+      EXPECT(named.ok()) << named.status().message();
+      EXPECT(named.ok() && LaunchName(*named) == LaunchName(*chosen) && named->rows_per_task == chosen->rows_per_task &&
+             named->tokens_per_pass == chosen->tokens_per_pass)
+          << LaunchName(*chosen) << " m=" << m;
+    }
+  }
+  const StatusOr<Plan> panel = MakePlan(WithM(1), Avx512Cpu(), "avx512/panel-4x6");
+  EXPECT(panel.ok() && panel->panel) << panel.status().message();
+  const StatusOr<Plan> direct = MakePlan(WithM(9), Avx512Cpu(), "avx512/direct-8x1");
+  EXPECT(direct.status().code() == StatusCode::kUnimplemented);
+  EXPECT(direct.status().message().find("there are \"avx512/panel-4x6\"") != std::string::npos)
+      << direct.status().message();
+  EXPECT(!MakePlan(WithM(1), Avx512Cpu(), "avx512/").ok());
+}
+
+// What the launcher relies on.
+void TestBlocking() {
+  for (const CpuFeatures& features : {Avx512Cpu(), Avx2Cpu(), NeonCpu(), CpuFeatures()}) {
+    for (const int64_t m : {1, 2, 4, 5, 6, 7, 127, 128, 129, 1000, 4096}) {
+      for (const int64_t k : {256, 4096, 1 << 20}) {
+        Problem problem = WithM(m);
+        problem.k = k;
+        const StatusOr<Plan> plan = MakePlan(problem, features, "");
+        EXPECT(plan.ok()) << plan.status().message();
+        const std::string name = LaunchName(*plan) + " m=" + std::to_string(m) + " k=" + std::to_string(k);
+        EXPECT(plan->panel == (m > kMaxDirectTokens)) << name;
+        EXPECT(plan->rows_per_task > 0 && plan->rows_per_task % layout::kTileN == 0) << name;
+        EXPECT(layout::kTileN % plan->block.rows == 0 && plan->block.rows % 4 == 0) << name;
+        EXPECT(plan->tokens_per_pass > 0) << name;
+        if (plan->panel) {
+          EXPECT(plan->rows_per_task <= kPanelRows) << name;
+          EXPECT(plan->tokens_per_pass % plan->block.tokens == 0) << name;
+          EXPECT(plan->tokens_per_pass < 128 + plan->block.tokens) << name;
+        } else {
+          EXPECT(plan->tokens_per_pass == m && plan->block.tokens == m) << name;
+        }
+      }
+    }
+  }
+}
+
+void TestExplain() {
+  const StatusOr<Plan> one = MakePlan(WithM(1), Avx512Cpu(), "");
+  const Explanation direct = Explain(WithM(1), *one);
+  EXPECT(direct.implementation == "avx512");
+  EXPECT(direct.implementation + "/" + direct.tile == LaunchName(*one)) << direct.tile;
+  EXPECT(direct.tile.rfind("direct-", 0) == 0) << direct.tile;
+  EXPECT(direct.weights == "rounded");
+  EXPECT(direct.workspace_bytes == 0);
+
+  const StatusOr<Plan> many = MakePlan(WithM(64), Avx2Cpu(), "");
+  const Explanation panel = Explain(WithM(64), *many);
+  EXPECT(panel.implementation == "avx2");
+  EXPECT(panel.tile.rfind("panel-", 0) == 0) << panel.tile;
+  EXPECT(panel.reason != direct.reason && !panel.reason.empty()) << panel.reason;
+
+  const StatusOr<Plan> unknown = MakePlan(WithM(kUnknownM), NeonCpu(), "");
+  const Explanation symbolic = Explain(WithM(kUnknownM), *unknown);
+  EXPECT(symbolic.implementation == "neon");
+  EXPECT(symbolic.tile == "at the call") << symbolic.tile;
+  EXPECT(symbolic.reason.find("m is not known") != std::string::npos) << symbolic.reason;
+}
+
+}  // namespace
+}  // namespace int4mm::cpu
+
+int main() {
+  using namespace int4mm::cpu;
+  TestSupportedIsas();
+  TestEveryFeatureIsNeeded();
+  TestThisMachine();
+  TestChoosesTheBest();
+  TestTakesTheNamedOne();
+  TestRefusesWhatCannotRun();
+  TestRefusesABadProblem();
+  TestNamedTiles();
+  TestBlocking();
+  TestExplain();
+  return int4mm::test::Result();
+}

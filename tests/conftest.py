@@ -1,0 +1,99 @@
+"""What every test shares: the seed, the devices, and the kernels of this machine."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import zlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+
+import untouched_results
+from jax_int4mm.ops import _ffi
+from kernels import CPU_IMPLEMENTATIONS, CUDA_IMPLEMENTATIONS, Kernel
+
+SEED_VARIABLE = "JAX_INT4MM_TEST_SEED"
+REQUIRE_GPU_VARIABLE = "JAX_INT4MM_REQUIRE_GPU"
+
+
+def why_no_gpu() -> str | None:
+    """Why tests marked gpu cannot run here, or None if they can."""
+    try:
+        jax.devices("cuda")
+    except RuntimeError as error:
+        return f"no NVIDIA GPU for JAX: {error}"
+    if not _ffi.has_cuda_kernels():
+        return "this build of jax_int4mm has no CUDA kernels: install it with JAX_INT4MM_CUDA=ON"
+    return None
+
+
+def pytest_configure() -> None:
+    # In the environment, so that the workers of pytest-xdist, which start later, take it over.
+    os.environ.setdefault(SEED_VARIABLE, str(secrets.randbelow(2**32)))
+
+
+def pytest_report_header() -> list[str]:
+    no_gpu = why_no_gpu()
+    gpus = ", ".join(f"{d.device_kind}" for d in jax.devices("cuda")) if no_gpu is None else f"none ({no_gpu})"
+    return [
+        f"jax: {jax.__version__}, default backend {jax.default_backend()}",
+        f"int4 kernels on this CPU: {', '.join(_ffi.cpu_implementations())}",
+        f"int4 kernels on GPUs: {gpus}",
+        f"random cases: repeat them with {SEED_VARIABLE}={os.environ[SEED_VARIABLE]}",
+    ]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None:
+        return
+    reason = why_no_gpu()
+    if reason is None:
+        return
+    if os.environ.get(REQUIRE_GPU_VARIABLE) == "1":
+        pytest.fail(f"{REQUIRE_GPU_VARIABLE}=1 and {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers of this test in this run: the same in any order and on any worker."""
+    return np.random.default_rng([int(os.environ[SEED_VARIABLE]), zlib.crc32(request.node.nodeid.encode())])
+
+
+def _kernel_parameters(*, cpu: tuple[str | None, ...], cuda: tuple[str | None, ...]) -> list[object]:
+    return [
+        *(pytest.param(Kernel("cpu", name), id=str(Kernel("cpu", name))) for name in cpu),
+        *(pytest.param(Kernel("cuda", name), id=str(Kernel("cuda", name)), marks=pytest.mark.gpu) for name in cuda),
+    ]
+
+
+@pytest.fixture(params=_kernel_parameters(cpu=CPU_IMPLEMENTATIONS, cuda=CUDA_IMPLEMENTATIONS))
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    """Every kernel by name."""
+    kernel = request.param
+    runs = _ffi.cpu_implementations()
+    if kernel.platform == "cpu" and kernel.implementation not in runs:
+        pytest.skip(f"this CPU has no {kernel.implementation}: it runs {', '.join(runs)}")
+    return kernel
+
+
+@pytest.fixture(params=_kernel_parameters(cpu=(None,), cuda=(None,)))
+def chosen(request: pytest.FixtureRequest) -> Iterator[Kernel]:
+    """The kernel that is chosen, on each platform, which is the default device meanwhile."""
+    with jax.default_device(request.param.device):
+        yield request.param
+
+
+@pytest.fixture(params=_kernel_parameters(cpu=("reference",), cuda=("reference",)))
+def reference(request: pytest.FixtureRequest) -> Kernel:
+    """The plain jnp implementation on each platform."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def untouched_results_target() -> str:
+    """A custom-call target whose results keep what their buffers held."""
+    return untouched_results.register()

@@ -1,0 +1,46 @@
+"""Every Python block of the documentation runs as it stands, on its own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+ANY_PYTHON_FENCE = re.compile(r"^[ \t>]*[`~]{3,}[ \t]*py", re.IGNORECASE | re.MULTILINE)
+IMPORTS_TORCH = re.compile(r"^(?:import|from) torch\b", re.MULTILINE)
+
+
+def _name(page: Path) -> str:
+    return page.relative_to(DOCS).as_posix()
+
+
+def _blocks() -> list[tuple[Path, int, str]]:
+    """Page, line of the page that the source starts at, and source."""
+    blocks = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        blocks += [(page, text.count("\n", 0, match.start(1)) + 1, match.group(1)) for match in BLOCK.finditer(text)]
+    return blocks
+
+
+BLOCKS = _blocks()
+
+
+@pytest.mark.parametrize(("page", "line", "source"), BLOCKS, ids=[f"{_name(page)}:{line}" for page, line, _ in BLOCKS])
+def test_block_runs(page: Path, line: int, source: str) -> None:
+    if IMPORTS_TORCH.search(source):
+        pytest.importorskip("torch", reason=f"docs/{_name(page)}:{line} needs torch: pip install '.[torch]'")
+    # Blank lines before the source make a traceback name the line of the page.
+    code = compile("\n" * (line - 1) + source, str(page), "exec")
+    exec(code, {"__name__": "__docs__"})
+
+
+def test_no_python_block_is_missed() -> None:
+    assert {"format.md", "from_pytorch.md"} <= {_name(page) for page in PAGES}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert len(BLOCK.findall(text)) == len(ANY_PYTHON_FENCE.findall(text)), page

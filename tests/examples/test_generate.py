@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import generate
+import jax
+import jax.numpy as jnp
+import llama
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import jax_int4mm as i4
+from jax_int4mm import checkpoints
+
+DATA = Path(__file__).parents[1] / "data"
+REFERENCES = ["llama_base", "llama_llama3_rope"]
+BYTE_MODEL = generate.BYTE_MODEL
+
+
+def load(directory: Path, dtype: str) -> tuple[llama.Params, llama.Config]:
+    checkpoint = checkpoints.load(directory)
+    config = llama.Config.from_huggingface(checkpoint.config)
+    return llama.params_from_huggingface(checkpoint, config, dtype), config
+
+
+def logits(params: llama.Params, config: llama.Config, tokens: np.ndarray) -> np.ndarray:
+    hidden, _ = llama.forward(params, jnp.asarray(tokens), config)
+    return np.asarray(llama.logits(params, hidden))
+
+
+# --- the model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-3), ("bfloat16", 2.5e-2), ("float16", 5e-3)])
+def test_logits_match_transformers(name: str, dtype: str, bound: float):
+    """Against transformers in f32; its rotary frequencies for llama_base had been rounded to bf16, which costs 8e-4."""
+    reference = np.load(DATA / name / "reference.npz")
+    params, config = load(DATA / name, dtype)
+    with jax.default_matmul_precision("highest"):
+        found = logits(params, config, reference["input_ids"])
+    assert found.dtype == np.float32
+    assert np.abs(found - reference["logits"]).max() <= bound * np.abs(reference["logits"]).max()
+
+
+def test_llama3_rope_scaling_matches_transformers_closely():
+    reference = np.load(DATA / "llama_llama3_rope" / "reference.npz")
+    params, config = load(DATA / "llama_llama3_rope", "float32")
+    with jax.default_matmul_precision("highest"):
+        found = logits(params, config, reference["input_ids"])
+    np.testing.assert_allclose(found, reference["logits"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["float32", "int4"])
+def test_decoding_with_a_cache_equals_the_whole_forward(weights: str):
+    """Prompt of 5, then one token at a time, in a cache that is longer than the text."""
+    params, config = load(DATA / "llama_base", "float32" if weights == "float32" else "bfloat16")
+    if weights == "int4":
+        params = generate.quantize_linears(params, 64, lm_head=True)
+    tokens = jnp.asarray(np.load(DATA / "llama_base" / "reference.npz")["input_ids"])
+    cache = llama.init_cache(config, len(tokens), 24, params["embedding"].dtype)
+    with jax.default_matmul_precision("highest"):
+        expected = logits(params, config, tokens)
+        pieces = []
+        start = 0
+        for stop in (5, *range(6, tokens.shape[1] + 1)):
+            hidden, cache = llama.forward(params, tokens[:, start:stop], config, cache, start)
+            pieces.append(np.asarray(llama.logits(params, hidden)))
+            start = stop
+    bound = 1e-5 if weights == "float32" else 2e-2
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, rtol=0, atol=bound * np.abs(expected).max())
+
+
+def test_int4_layers_compute_what_their_dequantised_weights_do():
+    params, config = load(DATA / "llama_base", "bfloat16")
+    quantized = generate.quantize_linears(params, 64, lm_head=False)
+    dequantized = jax.tree.map(
+        lambda w: w.dequantize() if isinstance(w, i4.Int4Weight) else w,
+        quantized,
+        is_leaf=lambda w: isinstance(w, i4.Int4Weight),
+    )
+    tokens = np.load(DATA / "llama_base" / "reference.npz")["input_ids"]
+    expected = logits(dequantized, config, tokens)
+    found = logits(quantized, config, tokens)
+    assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
+    assert np.abs(found - logits(params, config, tokens)).max() > 0.02 * np.abs(expected).max()
+
+
+def test_shards_give_the_same_model(tmp_path: Path):
+    source = checkpoints.load(DATA / "llama_base")
+    names = list(source)
+    weight_map = {}
+    for number, part in enumerate((names[:7], names[7:])):
+        shard = f"model-{number}.safetensors"
+        safetensors.numpy.save_file({name: source[name] for name in part}, tmp_path / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    shutil.copy(DATA / "llama_base" / "config.json", tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path, "bfloat16")[0], load(DATA / "llama_base", "bfloat16")[0])
+
+
+# --- the configuration -------------------------------------------------------------------------------------------
+
+
+def config_fields(**changes: Any) -> dict[str, Any]:
+    return json.loads((DATA / "llama_llama3_rope" / "config.json").read_text()) | changes
+
+
+def test_old_and_new_spelling_of_rope_parameters():
+    new = llama.Config.from_huggingface(config_fields())
+    fields = config_fields()
+    scaling = fields.pop("rope_parameters")
+    theta = scaling.pop("rope_theta")
+    assert llama.Config.from_huggingface(fields | {"rope_theta": theta, "rope_scaling": scaling}) == new
+    older = {("type" if name == "rope_type" else name): value for name, value in scaling.items()}
+    assert llama.Config.from_huggingface(fields | {"rope_theta": theta, "rope_scaling": older}) == new
+    plain = llama.Config.from_huggingface(fields | {"rope_theta": theta, "rope_scaling": None})
+    assert plain.rope_scaling is None
+    assert plain.rope_theta == theta
+
+
+def test_fields_that_a_config_may_leave_out():
+    fields = config_fields(eos_token_id=[2, 7])
+    for name in ("head_dim", "num_key_value_heads", "tie_word_embeddings", "attention_bias"):
+        del fields[name]
+    config = llama.Config.from_huggingface(fields)
+    assert (config.head_dim, config.num_key_value_heads) == (64, 4)
+    assert not config.tie_word_embeddings
+    assert config.eos_token_ids == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("model_type", "qwen2"), ("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True)],
+)
+def test_what_is_not_implemented_is_refused(field: str, value: object):
+    with pytest.raises(ValueError, match=rf"config\.json has {field} = {value!r}; this Llama decoder implements"):
+        llama.Config.from_huggingface(config_fields(**{field: value}))
+
+
+def test_unknown_rope_type_is_refused():
+    with pytest.raises(ValueError, match=r"rope type 'yarn'; this Llama decoder implements default and llama3"):
+        llama.Config.from_huggingface(config_fields(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}))
+
+
+def test_config_survives_huggingface_spelling():
+    config = llama.Config.from_huggingface(json.loads((DATA / "llama_base" / "config.json").read_text()))
+    assert llama.Config.from_huggingface(json.loads(json.dumps(config.to_huggingface()))) == config
+
+
+# --- generating --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base() -> tuple[llama.Params, llama.Config]:
+    params, config = load(DATA / "llama_base", "bfloat16")
+    return generate.quantize_linears(params, 64, lm_head=False), config
+
+
+def test_greedy_tokens_are_the_likeliest_ones(base: tuple[llama.Params, llama.Config]):
+    params, config = base
+    prompt = [3, 5, 7, 11]
+    tokens = list(generate.generate(params, config, prompt, 6))
+    assert len(tokens) == 6
+    for token, scores in zip(
+        tokens, logits(params, config, np.array([prompt + tokens]))[0, len(prompt) - 1 :], strict=False
+    ):
+        # The cached path may round a tie the other way.
+        assert scores[token] >= scores.max() - 0.01 * np.abs(scores).max()
+
+
+def test_sampling_follows_the_seed(base: tuple[llama.Params, llama.Config]):
+    params, config = base
+
+    def drawn(seed: int) -> list[int]:
+        return list(generate.generate(params, config, [3, 5, 7], 12, temperature=1.0, seed=seed))
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+def test_sampling_draws_from_the_top_k_only_and_in_proportion():
+    scores = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
+    draw = jax.vmap(lambda key: generate.sample(scores, key, 1.0, 2)[0])
+    tokens = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
+    assert set(tokens.tolist()) == {1, 3}
+    # Four standard deviations of a binomial.
+    assert (tokens == 1).mean() == pytest.approx(4 / 7, abs=4 * math.sqrt(4 / 7 * 3 / 7 / 4000))
+
+
+def test_generation_ends_at_the_end_of_text_token(base: tuple[llama.Params, llama.Config]):
+    params, config = base
+    free = list(generate.generate(params, config, [3, 5, 7], 8))
+    stopping = dataclasses.replace(config, eos_token_ids=(free[3],))
+    assert list(generate.generate(params, stopping, [3, 5, 7], 8)) == free[: free.index(free[3])]
+
+
+@pytest.mark.parametrize(("prompt", "new"), [([], 4), ([3], 0), ([3] * 200, 57)])
+def test_prompts_that_do_not_fit_are_refused(base: tuple[llama.Params, llama.Config], prompt: list[int], new: int):
+    params, config = base
+    with pytest.raises(ValueError, match="both together have to fit the model's 256 positions"):
+        list(generate.generate(params, config, prompt, new))
+
+
+def test_tokens_outside_the_vocabulary_are_refused(base: tuple[llama.Params, llama.Config]):
+    params, config = base
+    with pytest.raises(ValueError, match="outside the model's vocabulary, 0 to 511"):
+        list(generate.generate(params, config, [3, 512], 4))
+
+
+def test_bytes_of_one_character_come_out_together():
+    tokenizer = generate.ByteTokenizer()
+    tokens = tokenizer.encode("aé→")
+    assert list(tokenizer.stream(iter(tokens))) == ["a", "", "é", "", "", "→"]
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+def test_command_line_with_token_numbers(base: tuple[llama.Params, llama.Config], capsys: pytest.CaptureFixture[str]):
+    arguments = ["--token-ids", "--prompt", "3 5 7", "--max-new-tokens", "6", "--temperature", "0"]
+    generate.main(["--model", str(DATA / "llama_base"), *arguments])
+    text, figures = capsys.readouterr().out.split("\n\n")[-2:]
+    expected = list(generate.generate(*base, [3, 5, 7], 6))
+    assert text.split()[-9:] == [str(token) for token in [3, 5, 7, *expected]]
+    assert figures.startswith("6 tokens with int4 g64 weights")
+
+
+def test_command_line_with_a_tokenizer_file(capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("tokenizers")
+    generate.main(["--model", str(DATA / "llama_base"), "--prompt", "the model", "--max-new-tokens", "5", "--dense"])
+    assert "\nthe model" in (printed := capsys.readouterr().out)
+    assert "tokens with bfloat16 weights" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "nowhere"], "there is no file or directory nowhere"),
+        (["--model", str(DATA / "llama_llama3_rope")], "has no tokenizer.json; give the prompt as numbers"),
+        (["--model", str(DATA / "llama_base" / "model.safetensors")], "has no config.json; give the directory"),
+    ],
+)
+def test_mistakes_end_with_a_sentence(arguments: list[str], sentence: str):
+    with pytest.raises(SystemExit, match=rf"^generate\.py: .*{sentence}"):
+        generate.main(arguments)
+
+
+def test_f32_is_for_dense_weights_only(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        generate.main(["--dtype", "float32"])
+    assert "with --dtype float32 add --dense" in capsys.readouterr().err
+
+
+# --- the shipped model -------------------------------------------------------------------------------------------
+
+
+def test_shipped_model_is_small():
+    assert (BYTE_MODEL / "model.safetensors").stat().st_size <= 8_000_000
+
+
+def test_shipped_model_predicts_heldout_text_in_int4_as_in_bf16(capsys: pytest.CaptureFixture[str]):
+    """The README's command, with fewer tokens: figures within the bounds, and text that can be read."""
+    generate.main(["--max-new-tokens", "160"])
+    printed = capsys.readouterr().out
+    figures = {
+        name.strip(): (float(perplexity), float(bits))
+        for name, perplexity, bits in re.findall(
+            r"^ +(\S+(?: g64)?): held-out perplexity ([\d.]+) per byte, ([\d.]+) bits per byte$", printed, re.MULTILINE
+        )
+    }
+    assert set(figures) == {"bfloat16", "int4 g64"}
+    for perplexity, bits in figures.values():
+        assert bits <= 2.2
+        assert math.log2(perplexity) == pytest.approx(bits, abs=1e-3)
+    assert figures["int4 g64"][0] <= 1.03 * figures["bfloat16"][0]
+
+    linear = {name: int(size.replace(",", "")) for name, size in re.findall(r"(\S+): linear layers ([\d,]+)", printed)}
+    assert linear["g64"] == linear["bfloat16"] * 9 // 32
+
+    text = printed.split(generate.DEFAULT_PROMPT)[1].rsplit("\n\n", 1)[0]
+    words = re.findall("[A-Za-z]{3,}", text)
+    known = set(re.findall("[A-Za-z]{3,}", (BYTE_MODEL / "heldout.txt").read_text(encoding="utf-8")))
+    assert len(words) >= 5
+    assert sum(word in known for word in words) >= len(words) / 2
+
+
+def test_shipped_model_decodes_with_a_quantized_output_projection(capsys: pytest.CaptureFixture[str]):
+    generate.main(["--quantize-lm-head", "--group-size", "128", "--max-new-tokens", "8", "--perplexity-windows", "4"])
+    perplexities = [float(found) for found in re.findall(r"perplexity ([\d.]+)", capsys.readouterr().out)]
+    assert len(perplexities) == 2
+    assert perplexities[1] <= 1.1 * perplexities[0]

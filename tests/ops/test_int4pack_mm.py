@@ -1,0 +1,184 @@
+"""The product, by every implementation, against float64."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import acceptance
+import cases
+import jax_int4mm as i4
+import oracle
+from jax_int4mm.ops import _ffi
+from kernels import CUDA_IMPLEMENTATIONS, Kernel, int4_weight
+
+FORMATS = pytest.mark.parametrize(
+    ("dtype", "group_size", "inner_k_tiles"), cases.FORMATS, ids=lambda value: str(value)
+)
+
+
+def assert_right(kernel: Kernel, xs: list[np.ndarray], weight: cases.Weight) -> None:
+    """Multiply each x, twice, and check the results: right, and the same bits both times."""
+    outputs = kernel.multiply(xs, weight)
+    products = [acceptance.product(x, weight.dense(kernel.weights(len(x), weight)), kernel.device) for x in xs]
+    acceptance.check(outputs, products)
+    for first, second in zip(outputs, kernel.multiply(xs, weight), strict=True):
+        assert first.tobytes() == second.tobytes(), "two runs on the same inputs gave different bits"
+
+
+@pytest.mark.parametrize("name", cases.golden_names())
+def test_golden_cases(kernel: Kernel, name: str) -> None:
+    golden = cases.golden(name)
+    assert_right(kernel, list(golden.x.values()), golden.weight)
+
+
+@FORMATS
+def test_every_m_on_random_weights(
+    kernel: Kernel, dtype: np.dtype, group_size: int, inner_k_tiles: int, rng: np.random.Generator
+) -> None:
+    n = int(rng.choice(cases.N))
+    k = int(rng.choice(cases.legal_k(group_size, inner_k_tiles, acceptance.SHORT_SUM)))
+    weight = cases.random_weight(rng, n, k, group_size, inner_k_tiles, dtype)
+    rows = cases.random_x(rng, (max(cases.M), k), dtype)
+    assert_right(kernel, [rows[:m] for m in cases.M], weight)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("n", cases.N)
+def test_every_n_and_long_sums(kernel: Kernel, dtype: np.dtype, n: int, rng: np.random.Generator) -> None:
+    k = int(rng.choice(cases.legal_k(256, 8, 16 * acceptance.SHORT_SUM)[4:]))
+    weight = cases.random_weight(rng, n, k, int(rng.choice(cases.GROUP_SIZES)), 8, dtype)
+    assert_right(kernel, [cases.random_x(rng, (m, k), dtype) for m in (1, 17, 129)], weight)
+
+
+@FORMATS
+def test_the_identity_reads_off_the_weight_that_dequantize_returns(
+    kernel: Kernel, dtype: np.dtype, group_size: int, inner_k_tiles: int, rng: np.random.Generator
+) -> None:
+    weight = cases.random_weight(rng, 136, 512, group_size, inner_k_tiles, dtype)
+    if kernel.weights(weight.k, weight) != "rounded":
+        pytest.skip(f"{kernel} states that it does not round weights")
+    identity = np.eye(weight.k).astype(dtype)
+    # One row at a time is another path of every kernel, and every row of w needs only some of them.
+    one_row = rng.integers(0, weight.k, 3)
+    y, *rows = kernel.multiply([identity, *(identity[i : i + 1] for i in one_row)], weight)
+    # Values, since a sum that begins at +0 turns a weight of -0 into +0.
+    np.testing.assert_array_equal(y.astype(np.float64), weight.rounded.T.astype(np.float64))
+    for i, row in zip(one_row, rows, strict=True):
+        np.testing.assert_array_equal(row[0].astype(np.float64), weight.rounded[:, i].astype(np.float64))
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_the_reference(reference: Kernel, dtype: np.dtype, rng: np.random.Generator) -> None:
+    weight = cases.random_weight(rng, 136, 768, 32, 4, dtype)
+    rows = cases.random_x(rng, (257, weight.k), dtype)
+    assert_right(reference, [rows[:m] for m in (0, 1, 17, 257)], weight)
+
+
+@pytest.mark.parametrize("name", cases.golden_names())
+def test_the_reference_on_golden_cases(reference: Kernel, name: str) -> None:
+    golden = cases.golden(name)
+    assert_right(reference, [golden.x[1], golden.x[33]], golden.weight)
+
+
+@pytest.mark.parametrize("m", cases.M)
+@pytest.mark.parametrize(("n", "k"), [(8, 128), (136, 1024), (1024, 4096)])
+def test_the_chosen_kernel_is_the_one_that_explain_names(
+    chosen: Kernel, m: int, n: int, k: int, rng: np.random.Generator
+) -> None:
+    weight = cases.random_weight(rng, n, k)
+    explanation = i4.explain((m, k), int4_weight(weight), chosen.device)
+    x = cases.random_x(rng, (m, k))
+    [y] = chosen.multiply([x], weight)
+    acceptance.check([y], [acceptance.product(x, weight.dense(explanation.weights), chosen.device)])
+    if m > 0:
+        assert _ffi.last_launch(chosen.platform) == f"{explanation.implementation}/{explanation.tile}"
+
+
+@pytest.mark.parametrize("m", [1, 5, 9, 65, 200])
+def test_a_named_kernel_is_the_one_that_runs(kernel: Kernel, m: int, rng: np.random.Generator) -> None:
+    weight = cases.random_weight(rng, 40, 256, 64, 2)
+    explanation = i4.explain((m, weight.k), int4_weight(weight), kernel.device, kernel.implementation)
+    kernel.multiply([cases.random_x(rng, (m, weight.k))], weight)
+    launched = f"{explanation.implementation}/{explanation.tile}"
+    assert _ffi.last_launch(kernel.platform) == launched
+    assert launched == kernel.implementation or launched.startswith(f"{kernel.implementation}/")
+    # The tile's name serves as an implementation, too.
+    Kernel(kernel.platform, launched).multiply([cases.random_x(rng, (m, weight.k))], weight)
+    assert _ffi.last_launch(kernel.platform) == launched
+
+
+def test_the_cuda_tiles_are_those_of_the_plan() -> None:
+    with pytest.raises(ValueError, match="names no tile") as error:
+        _ffi.plan("cuda", 1, 8, 128, 128, 8, "bfloat16", "ampere/none", (90, 132))
+    named = [part for part in str(error.value).split('"') if part.startswith("ampere/") and part != "ampere/none"]
+    assert ("ampere", *named) == CUDA_IMPLEMENTATIONS
+
+
+def test_a_kernel_that_writes_nothing_leaves_poison(
+    chosen: Kernel, untouched_results_target: str, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    monkeypatch.setattr(_ffi, "TARGET", untouched_results_target)
+    weight = cases.random_weight(rng, 24, 256)
+    outputs = chosen.multiply([cases.random_x(rng, (m, weight.k)) for m in (1, 33)], weight)
+    assert all(np.isnan(y.astype(np.float32)).all() for y in outputs)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 0, 3), (1, 1, 1, 5)])
+def test_leading_dimensions_are_rows(chosen: Kernel, leading: tuple[int, ...], rng: np.random.Generator) -> None:
+    weight = cases.random_weight(rng, 24, 256)
+    x = cases.random_x(rng, (*leading, weight.k))
+    op = functools.partial(i4.int4pack_mm, packed=weight.packed, scales_and_zeros=weight.scales_and_zeros)
+    y = op(x)
+    assert y.shape == (*leading, weight.n)
+    assert y.dtype == x.dtype
+    flat = op(x.reshape(-1, weight.k))
+    assert np.asarray(y).tobytes() == np.asarray(flat).tobytes()
+
+
+def test_programs_on_many_host_threads_do_not_disturb_each_other(chosen: Kernel, rng: np.random.Generator) -> None:
+    problems = []
+    for m, n, k in [(1, 256, 1024), (17, 136, 512), (128, 40, 768), (257, 128, 256)]:
+        weight = cases.random_weight(rng, n, k)
+        operands = jax.device_put(
+            (cases.random_x(rng, (m, k)), weight.packed, weight.scales_and_zeros), chosen.device
+        )
+        problems.append((operands, np.asarray(i4.int4pack_mm(*operands)).tobytes()))
+
+    def run(i: int) -> bool:
+        operands, expected = problems[i % len(problems)]
+        return np.asarray(i4.int4pack_mm(*operands)).tobytes() == expected
+
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(run, range(200)))
+
+
+@pytest.mark.gpu
+def test_a_replayed_command_buffer_gives_the_same_bits(rng: np.random.Generator) -> None:
+    device = jax.devices("cuda")[0]
+    first, second = cases.random_weight(rng, 256, 512), cases.random_weight(rng, 128, 256)
+
+    def program(x: jax.Array, weights: list[i4.Int4Weight]) -> jax.Array:
+        for w4 in weights:
+            x = (x @ w4) * jnp.bfloat16(0.125)
+        return x
+
+    graphs = {"xla_gpu_enable_command_buffer": "CUSTOM_CALL", "xla_gpu_graph_min_graph_size": 1}
+    no_graphs = {"xla_gpu_enable_command_buffer": ""}
+    weights = jax.device_put([int4_weight(first), int4_weight(second)], device)
+    for m in (1, 16, 257):
+        shape = jax.ShapeDtypeStruct((m, 512), jnp.bfloat16)
+        lowered = jax.jit(program).trace(shape, weights).lower(lowering_platforms=("cuda",))
+        captured, plain = (lowered.compile(compiler_options=options) for options in (graphs, no_graphs))
+        kept = []
+        for _ in range(5):
+            x = jax.device_put(cases.random_x(rng, (m, 512)), device)
+            kept.append(x)  # New addresses each time: the graph has to be updated.
+            assert np.asarray(captured(x, weights)).tobytes() == np.asarray(plain(x, weights)).tobytes()
+        for x in kept:
+            assert np.asarray(captured(x, weights)).tobytes() == np.asarray(plain(x, weights)).tobytes()

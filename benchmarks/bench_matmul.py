@@ -23,9 +23,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from shapes import SHAPES
 
 import jax_int4mm as i4
+from shapes import SHAPES
 
 ROTATED_BYTES = 256 * 2**20
 SAMPLES = 9
@@ -103,9 +103,7 @@ def random_weights(key: jax.Array, n: int, k: int, group_size: int) -> list[i4.I
         packed = i4.pack_int4(jax.random.randint(q_key, (n, k), 0, 16, dtype=jnp.int32))
         scale = jax.random.uniform(s_key, (k // group_size, n), minval=0.5, maxval=1.5) / 64
         zero = jax.random.normal(z_key, (k // group_size, n)) / 16
-        return i4.Int4Weight(
-            packed, jnp.stack([scale, zero], -1).astype(jnp.bfloat16), group_size=group_size, k=k, n=n
-        )
+        return i4.Int4Weight(packed, jnp.stack([scale, zero], -1).astype(jnp.bfloat16), group_size=group_size, k=k, n=n)
 
     return [one(key, group_size) for key in jax.random.split(key, copies(n * k // 2))]
 
@@ -158,8 +156,10 @@ def main() -> None:
                 for m in arguments.m:
                     report(n, k, m, group_size, "tinygemm", "torch", time_tinygemm(m, n, k, group_size))
         if arguments.peers:
-            dense = [jax.random.normal(key, (k, n), jnp.bfloat16) for key in jax.random.split(
-                jax.random.key(0), copies(2 * n * k))]
+            dense = [
+                jax.random.normal(key, (k, n), jnp.bfloat16)
+                for key in jax.random.split(jax.random.key(0), copies(2 * n * k))
+            ]
             for m, x in xs.items():
                 report(n, k, m, 0, "bf16", "jax.jit", time_jax(x, dense, jnp.matmul))
             del dense

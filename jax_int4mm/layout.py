@@ -1,8 +1,8 @@
 """The packed int4 format: PyTorch's CUDA layout of ``_weight_int4pack_mm``, in pure ``jnp``.
 
 ``docs/format.md`` is the specification and ``ffi/core/layout.h`` the C++ twin. A weight q [n, k] of integers 0..15 is
-stored as int32 ``[n/8, k/(16*inner_k_tiles), 32, inner_k_tiles/2]``: word ``j`` of lane ``4*(n%8) + (k>>1)%4`` of a tile
-holds eight nibbles of row n, spread over 32 values of k, even k in its low half and odd k in its high half.
+stored as int32 ``[n/8, k/(16*inner_k_tiles), 32, inner_k_tiles/2]``: word ``j`` of lane ``4*(n%8) + (k>>1)%4`` of a
+tile holds eight nibbles of row n, spread over 32 values of k, even k in its low half and odd k in its high half.
 """
 
 from __future__ import annotations
@@ -80,20 +80,17 @@ def pack_int4(q: ArrayLike, inner_k_tiles: int = 8) -> jax.Array:
       ValueError: q's rank, n, k, a value, or inner_k_tiles breaks a rule above.
     """
     q = as_array("pack_int4", "q", q)
-    check_inner_k_tiles("pack_int4", inner_k_tiles)
     if not jnp.issubdtype(q.dtype, jnp.integer):
         raise TypeError(
             f"pack_int4: q has dtype {q.dtype}; it must hold integers 0..15 (uint8, int32 or jnp.uint4). "
             "Quantise a float weight with quantize(w) instead."
         )
     if q.ndim != 2:
-        raise ValueError(f"pack_int4: q has shape {list(q.shape)}; it must be [n, k]. Use jax.vmap for stacked weights.")
-    n, k = q.shape
-    if n == 0 or k == 0 or n % TILE_N or k % tile_k(inner_k_tiles):
         raise ValueError(
-            f"pack_int4: q is [{n}, {k}]; n must be a positive multiple of {TILE_N} and k of 16 * inner_k_tiles = "
-            f"{tile_k(inner_k_tiles)}. Pad q with 8 and give the padding scale and zero 0, as quantize does."
+            f"pack_int4: q has shape {list(q.shape)}; it must be [n, k]. Use jax.vmap for stacked weights."
         )
+    n, k = q.shape
+    _check_packable("pack_int4", n, k, inner_k_tiles)
     if not isinstance(q, jax.core.Tracer) and q.dtype != jnp.uint4 and not _all_nibbles(q):
         raise ValueError("pack_int4: q has values outside 0..15; signed values -8..7 become 0..15 by adding 8.")
     return _pack(q, inner_k_tiles=inner_k_tiles)
@@ -118,7 +115,8 @@ def pack_int4_bytes(b: ArrayLike, inner_k_tiles: int = 8) -> jax.Array:
         raise TypeError(f"pack_int4_bytes: b has dtype {b.dtype}; it must be uint8, two values of k a byte.")
     if b.ndim != 2:
         raise ValueError(f"pack_int4_bytes: b has shape {list(b.shape)}; it must be [n, k/2].")
-    return pack_int4(_split_bytes(b), inner_k_tiles)
+    _check_packable("pack_int4_bytes", b.shape[0], 2 * b.shape[1], inner_k_tiles)
+    return _pack(_split_bytes(b), inner_k_tiles=inner_k_tiles)
 
 
 def unpack_int4(packed: ArrayLike) -> jax.Array:
@@ -137,6 +135,16 @@ def unpack_int4(packed: ArrayLike) -> jax.Array:
     packed = as_array("unpack_int4", "packed", packed)
     check_packed("unpack_int4", packed.shape, packed.dtype)
     return _unpack(packed)
+
+
+def _check_packable(op: str, n: int, k: int, inner_k_tiles: int) -> None:
+    check_inner_k_tiles(op, inner_k_tiles)
+    if n == 0 or k == 0 or n % TILE_N or k % tile_k(inner_k_tiles):
+        raise ValueError(
+            f"{op}: the weight is n = {n}, k = {k}; n must be a positive multiple of {TILE_N} and k of "
+            f"16 * inner_k_tiles = {tile_k(inner_k_tiles)}. Pad it with 8 and give the padding scale and zero 0, as "
+            "quantize does."
+        )
 
 
 def _all_nibbles(q: jax.Array | np.ndarray) -> bool:

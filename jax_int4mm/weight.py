@@ -35,8 +35,8 @@ class Int4Weight:
     Invariants, checked where the leaves are concrete arrays:
       packed: int32 ``[*stacked, padded_n/8, padded_k/(16*inner_k_tiles), 32, inner_k_tiles/2]``.
       scales_and_zeros: ``[*stacked, padded_k/group_size, padded_n, 2]`` bfloat16 or float16, (scale, zero).
-      perm: None, or int32 ``[*stacked, k]``: the order of k that the weight is stored in (``x[..., perm]`` meets it), as
-        activation-ordered GPTQ needs.
+      perm: None, or int32 ``[*stacked, k]``: the order of k that the weight is stored in (``x[..., perm]`` meets it),
+        as activation-ordered GPTQ needs.
       padded_n is n rounded up to 8 and padded_k is k rounded up to whole tiles and groups; the padding multiplies to 0.
 
     ``group_size``, ``k`` and ``n`` are static. A stacked weight (leading dimensions, one matrix a layer) is scanned or
@@ -54,7 +54,7 @@ class Int4Weight:
     __array_ufunc__ = None
 
     def __post_init__(self) -> None:
-        # Transformations rebuild the pytree around tracers, shapes, shardings and placeholders: none of these is checked.
+        # Transformations rebuild the pytree around tracers, shapes, shardings and placeholders: none is checked.
         leaves = [self.packed, self.scales_and_zeros] + ([] if self.perm is None else [self.perm])
         if any(isinstance(x, jax.core.Tracer) or not isinstance(x, (jax.Array, np.ndarray)) for x in leaves):
             return
@@ -94,7 +94,7 @@ class Int4Weight:
 
     @property
     def dtype(self) -> np.dtype:
-        """dtype of the scales, the zeros and the activations that this weight multiplies."""
+        """The dtype of the scales, the zeros and the activations that this weight multiplies."""
         return self.scales_and_zeros.dtype
 
     @property
@@ -162,7 +162,9 @@ def matmul(x: ArrayLike, w4: Int4Weight, *, implementation: str | None = None) -
             f"Cast one: x.astype({w4.dtype}), or once and for all w4.astype({x.dtype}) if that is bfloat16 or float16."
         )
     if x.ndim == 0 or x.shape[-1] != w4.k:
-        raise ValueError(f"x @ Int4Weight: x has shape {list(x.shape)}; against {list(w4.shape)} it must be [..., {w4.k}].")
+        raise ValueError(
+            f"x @ Int4Weight: x has shape {list(x.shape)}; against {list(w4.shape)} it must be [..., {w4.k}]."
+        )
     return _matmul(x, w4, implementation=implementation)
 
 

@@ -124,24 +124,26 @@ def double_rounding_traps(dtype: np.dtype) -> np.ndarray:
 def random_scales_and_zeros(
     rng: np.random.Generator, n: int, k: int, group_size: int, dtype: np.dtype = oracle.BFLOAT16
 ) -> np.ndarray:
-    """Scales of both signs and exactly 0; zeros up to 8 |scale|, exactly 0, and so small that rounding twice shows."""
+    """Scales of both signs and exactly 0, zeros up to 8 |scale| and exactly 0: the range of the signed golden file."""
     shape = (k // group_size, n)
     scale = rng.normal(0, 0.02, shape)
     scale[rng.random(shape) < 0.02] = 0
     zero = rng.uniform(-8, 8, shape) * scale
     zero[rng.random(shape) < 0.25] = 0
-    scales_and_zeros = np.stack([scale, zero], axis=-1)
-    kind = rng.random(shape)
-    known = kind < 0.1
-    size = np.count_nonzero(known)
-    exponent = rng.integers(-1, 3, size) if dtype == oracle.FLOAT16 else rng.integers(-8, 3, size)
-    sign = rng.choice([-1, 1], size)
-    scales_and_zeros[known] = rng.choice(double_rounding_traps(dtype), size) * (sign * 2.0**exponent)[:, None]
-    # And zeros that a float32 sum loses altogether, down to float16's smallest number beside a scale of 4.
-    lost = (kind >= 0.1) & (kind < 0.2)
-    scales_and_zeros[lost, 0] = rng.uniform(1, 4, np.count_nonzero(lost))
-    scales_and_zeros[lost, 1] = rng.choice([-1, 1], np.count_nonzero(lost)) * 2.0 ** rng.integers(-24, -20)
-    return oracle.round_once(scales_and_zeros, dtype)
+    return oracle.round_once(np.stack([scale, zero], axis=-1), dtype)
+
+
+def with_double_rounding_traps(rng: np.random.Generator, scales_and_zeros: np.ndarray) -> np.ndarray:
+    """The same with half of them replaced by pairs for which it shows whether the weight is rounded once."""
+    dtype, shape = scales_and_zeros.dtype, scales_and_zeros.shape[:-1]
+    float16 = dtype == oracle.FLOAT16
+    known = rng.choice(double_rounding_traps(dtype), shape)
+    known *= 2.0 ** rng.integers(-1 if float16 else -8, 3, (*shape, 1))
+    # Zeros that a sum in float32 loses altogether, down to float16's smallest number.
+    lost = np.stack([rng.uniform(1, 4, shape), 2.0 ** rng.integers(-24 if float16 else -60, -20, shape)], axis=-1)
+    traps = oracle.round_once(np.where(rng.random((*shape, 1)) < 0.5, known, lost), dtype)
+    traps *= rng.choice([-1, 1], traps.shape).astype(dtype)
+    return np.where(rng.random((*shape, 1)) < 0.5, traps, scales_and_zeros)
 
 
 def random_weight(

@@ -2,8 +2,8 @@
 // kernel relies on checked; and statuses -> XLA's errors.
 #pragma once
 
-#include <cstdint>
 #include <algorithm>
+#include <cstdint>
 #include <initializer_list>
 #include <string>
 
@@ -40,7 +40,7 @@ inline xla::ffi::Error ToXla(const Status& status) {
   return xla::ffi::Error(xla::ffi::ErrorCode::kInternal, status.message());
 }
 
-// "bf16[2,64]"-like text of a buffer's dimensions for a message.
+// A buffer's dimensions for a message: "[2, 64]".
 inline std::string Dimensions(const xla::ffi::AnyBuffer& buffer) {
   std::string text = "[";
   for (const int64_t size : buffer.dimensions()) {

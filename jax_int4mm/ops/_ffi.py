@@ -42,7 +42,9 @@ def _import_extension(name: str) -> types.ModuleType:
             )
         else:
             remedy = "Reinstall it: pip install --force-reinstall --no-cache-dir jax-int4mm."
-        raise ImportError(f"jax_int4mm: the compiled extension {name} cannot be imported ({error}). {remedy}") from error
+        raise ImportError(
+            f"jax_int4mm: the compiled extension {name} cannot be imported ({error}). {remedy}"
+        ) from error
 
 
 _cpu = _import_extension("_cpu")

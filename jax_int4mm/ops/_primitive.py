@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -49,7 +50,7 @@ def _lower_reference(ctx: mlir.LoweringRuleContext, *operands: Any, group_size: 
     if implementation not in (None, REFERENCE):
         raise ValueError(
             f'int4pack_mm: implementation "{implementation}" has no kernel on platform '
-            f"{'/'.join(ctx.module_context.platforms)}; use None or \"reference\" there."
+            f'{"/".join(ctx.module_context.platforms)}; use None or "reference" there.'
         )
     rule = mlir.lower_fun(functools.partial(int4pack_mm_reference, group_size=group_size), multiple_results=False)
     return rule(ctx, *operands)
@@ -69,7 +70,8 @@ def _lower_to_kernel(
             "int4pack_mm: this jax_int4mm was built without its CUDA kernels, and the program is for a GPU. Reinstall "
             'with JAX_INT4MM_CUDA=ON in the environment (pip install "."), or use implementation="reference".'
         )
-    x, packed, _ = ctx.avals_in
+    avals_in: Sequence[Any] = ctx.avals_in
+    x, packed, _ = avals_in
     (y,) = ctx.avals_out
     n, k, inner_k_tiles = unpacked_shape(packed.shape)
     m = x.shape[0] if isinstance(x.shape[0], int) else _ffi.UNKNOWN_M

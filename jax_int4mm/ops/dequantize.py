@@ -16,7 +16,8 @@ def dequantize(packed: ArrayLike, scales_and_zeros: ArrayLike, group_size: int =
     """The dense weight that ``rounded`` kernels multiply by, bit for bit.
 
     w = round((q - 8) * scale + zero), rounded once from the exact value to the dtype of ``scales_and_zeros``: the
-    arithmetic of PyTorch's CUDA ``_weight_int4pack_mm``.
+    arithmetic of PyTorch's CUDA ``_weight_int4pack_mm``. One exception: XLA's CPU backend takes bfloat16 subnormals
+    (below 1.2e-38) for zeros, and the kernels do not.
 
     Args:
       packed: int32 ``[n/8, k/(16*inner_k_tiles), 32, inner_k_tiles/2]``.
@@ -50,7 +51,7 @@ def dequantize_rows(packed: jax.Array, scales_and_zeros: jax.Array, group_size: 
 
 
 def _add_rounded_to_odd(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a + b in f32, an inexact sum rounded to the neighbour with an odd significand.
+    """Sum in f32, an inexact sum rounded to the neighbour with an odd significand.
 
     Rounding that again, to 16 bits, gives the same as rounding the exact sum once (Boldo and Melquiond, 2008), which a
     plain f32 sum does not where the zero is much smaller than the scale.

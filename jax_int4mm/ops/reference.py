@@ -1,5 +1,7 @@
-"""The meaning of the op in a few lines of ``jnp``: what every kernel is measured against, and the implementation on
-platforms that have no kernel of ours."""
+"""The meaning of the op in a few lines of ``jnp``.
+
+Every kernel is measured against it, and it is the implementation on platforms that have no kernel of ours.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from jax_int4mm.ops.dequantize import dequantize_rows
 
 
 def int4pack_mm_reference(x: jax.Array, packed: jax.Array, scales_and_zeros: jax.Array, group_size: int) -> jax.Array:
-    """y [m, n] = x [m, k] @ w^T with w = round((q - 8) * scale + zero) and an f32 sum, rounded once to x's dtype."""
+    """Multiply x [m, k] @ w^T with w = round((q - 8) * scale + zero) and an f32 sum, rounded once to x's dtype."""
     w = dequantize_rows(packed, scales_and_zeros, group_size)
     return jax.lax.dot_general(
         x, w, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32

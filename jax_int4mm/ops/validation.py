@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import operator
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_int4mm.layout import GROUP_SIZES, check_packed, unpacked_shape
+
+ArrayOrShape: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
 ACTIVATION_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -29,9 +32,7 @@ def check_group_size(op: str, group_size: int) -> int:
     return value
 
 
-def check_weight(
-    op: str, packed: jax.Array | np.ndarray, scales_and_zeros: jax.Array | np.ndarray, group_size: int
-) -> None:
+def check_weight(op: str, packed: ArrayOrShape, scales_and_zeros: ArrayOrShape, group_size: int) -> None:
     """Raise unless packed, scales_and_zeros and group_size describe one weight."""
     check_packed(op, packed.shape, packed.dtype)
     n, k, _ = unpacked_shape(packed.shape)
@@ -53,9 +54,7 @@ def check_weight(
         )
 
 
-def check_activations(
-    op: str, x: jax.Array | np.ndarray, packed: jax.Array | np.ndarray, scales_and_zeros: jax.Array | np.ndarray
-) -> None:
+def check_activations(op: str, x: ArrayOrShape, packed: ArrayOrShape, scales_and_zeros: ArrayOrShape) -> None:
     """Raise unless x [..., k] fits a weight that :func:`check_weight` accepted."""
     _, k, _ = unpacked_shape(packed.shape)
     if x.dtype not in ACTIVATION_DTYPES:

@@ -35,7 +35,7 @@ def quantize(
       symmetric: no zeros: the range is symmetric around 0.
       dtype: bfloat16 or float16, of scales, zeros and the activations that the weight will multiply; None for w's
         dtype if it is one of these, else bfloat16.
-      inner_k_tiles: 2, 4 or 8, the packed format's parameter. 8 is what PyTorch checkpoints have and reads fastest.
+      inner_k_tiles: 2, 4 or 8, the packed format's parameter. 8 is what torchao's checkpoints have.
 
     Returns:
       An :class:`Int4Weight` of logical shape [*stacked, k, n].

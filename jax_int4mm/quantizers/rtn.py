@@ -1,9 +1,9 @@
 """Round to nearest: each group's range cut into 15 steps.
 
 The formulas are those of torchao's tinygemm quantiser (``torchao/quantization/quant_primitives.py``): asymmetric,
-scale = (max - min) / 15 and zero = min + 8 * scale. One thing differs: torchao computes in the weight's dtype, while here
-the statistics are f32, scale and zero are rounded once, and q is chosen for the rounded pair, so that the error is that of
-what is stored.
+scale = (max - min) / 15 and zero = min + 8 * scale. One thing differs: torchao computes in the weight's dtype, while
+here the statistics are f32, scale and zero are rounded once, and q is chosen for the rounded pair, so that the error is
+that of what is stored.
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ struct Avx2 {
   }
 
   template <DType dtype>
-  static unsigned Suspects(const uint16_t* scales_and_zeros) {
-    return x86::Suspects<dtype>(scales_and_zeros);
+  static unsigned LoadPairs(const uint16_t* scales_and_zeros, float* scales, float* zeros) {
+    return x86::LoadPairs<dtype>(scales_and_zeros, scales, zeros);
   }
 
   template <DType dtype>
@@ -102,22 +102,11 @@ struct Avx2 {
   }
 
   template <DType dtype>
-  static void FastTables(const uint16_t* scales_and_zeros, float* tables) {
-    const __m256 q_low = _mm256_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1);
-    const __m256 q_high = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
-    for (int row = 0; row < 4; ++row, scales_and_zeros += 2, tables += 16) {
-      __m256 scale;
-      __m256 zero;
-      if constexpr (dtype == DType::kFloat16) {
-        scale = _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(scales_and_zeros[0])));
-        zero = _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(scales_and_zeros[1])));
-      } else {
-        const __m256i pair = _mm256_set1_epi32(x86::LoadPair(scales_and_zeros));
-        scale = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
-        zero = _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
-      }
-      _mm256_store_ps(tables, Round<dtype>(_mm256_fmadd_ps(q_low, scale, zero)));
-      _mm256_store_ps(tables + 8, Round<dtype>(_mm256_fmadd_ps(q_high, scale, zero)));
+  static void FastTable(float scale, float zero, float* table) {
+    for (int q = 0; q < 16; q += 8) {
+      const __m256 first = _mm256_set1_ps(static_cast<float>(q - 8));
+      const __m256 values = _mm256_add_ps(first, _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7));
+      _mm256_store_ps(table + q, Round<dtype>(_mm256_fmadd_ps(values, _mm256_set1_ps(scale), _mm256_set1_ps(zero))));
     }
   }
 };

@@ -78,30 +78,23 @@ struct Avx512 {
   }
 
   template <DType dtype>
-  static unsigned Suspects(const uint16_t* scales_and_zeros) {
-    return x86::Suspects<dtype>(scales_and_zeros);
+  static unsigned LoadPairs(const uint16_t* scales_and_zeros, float* scales, float* zeros) {
+    return x86::LoadPairs<dtype>(scales_and_zeros, scales, zeros);
   }
 
   template <DType dtype>
-  static void FastTables(const uint16_t* scales_and_zeros, float* tables) {
+  static void FastTable(float scale, float zero, float* table) {
     const __m512 q = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    for (int row = 0; row < 4; ++row, scales_and_zeros += 2, tables += 16) {
-      if constexpr (dtype == DType::kFloat16) {
-        const __m512 scale = _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(scales_and_zeros[0])));
-        const __m512 zero = _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(scales_and_zeros[1])));
-        const __m256i rounded =
-            _mm512_cvtps_ph(_mm512_fmadd_ps(q, scale, zero), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        _mm512_store_ps(tables, _mm512_cvtph_ps(rounded));
-      } else {
-        const __m512i pair = _mm512_set1_epi32(x86::LoadPair(scales_and_zeros));
-        const __m512i high = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
-        const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
-        const __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(pair, high));
-        const __m512i sum = _mm512_castps_si512(_mm512_fmadd_ps(q, scale, zero));
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(sum, 16), _mm512_set1_epi32(1));
-        const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(sum, _mm512_set1_epi32(0x7FFF)), odd);
-        _mm512_store_si512(tables, _mm512_and_si512(rounded, high));
-      }
+    const __m512 sum = _mm512_fmadd_ps(q, _mm512_set1_ps(scale), _mm512_set1_ps(zero));
+    if constexpr (dtype == DType::kFloat16) {
+      _mm512_store_ps(table, _mm512_cvtph_ps(_mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT)));
+    } else {
+      // A NaN here has its low half clear, as its bfloat16 origin had, so that the sum does not carry it away.
+      const __m512i bits = _mm512_castps_si512(sum);
+      const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+      const __m512i below = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
+      const __m512i rounded = _mm512_mask_add_epi32(below, odd, bits, _mm512_set1_epi32(0x8000));
+      _mm512_store_si512(table, _mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
     }
   }
 };

@@ -10,8 +10,9 @@
 //   Words NextNibble(Words): each lane shifted right by 4
 //   void LoadUnit<Order>(const uint32_t* row, int part, Words*): the words of one row of one unit, in Order's order
 //   Float Widen<dtype>(const uint16_t*); uint16_t Narrow<dtype>(float)
-//   void FastTables<dtype>(const uint16_t* scales_and_zeros, float* tables) and
-//   unsigned Suspects<dtype>(const uint16_t* scales_and_zeros), both for four rows
+//   unsigned LoadPairs<dtype>(const uint16_t* scales_and_zeros, float* scales, float* zeros): of four rows; a mask of
+//     those that need ExactTable
+//   void FastTable<dtype>(float scale, float zero, float* table)
 //
 // Each y[m][n] is the sum over k, in the kernel's order, in the L lanes of one f32 vector, whose lanes are added at the
 // end; the blocking, the number of tokens and the number of threads do not change a bit of it.
@@ -44,14 +45,16 @@ struct Matmul {
   template <DType dtype, int kRows>
   [[gnu::noinline]] static void BuildTables(const uint16_t* scales_and_zeros, float* tables) {
     static_assert(kRows % 4 == 0);
+    float scales[kRows];
+    float zeros[kRows];
+    unsigned suspects = 0;
     for (int row = 0; row < kRows; row += 4) {
-      S::template FastTables<dtype>(scales_and_zeros + 2 * row, tables + 16 * row);
-      unsigned suspects = S::template Suspects<dtype>(scales_and_zeros + 2 * row);
-      for (int r = row; suspects != 0; ++r, suspects >>= 1) {
-        if ((suspects & 1) != 0) {
-          ExactTable(dtype, scales_and_zeros[2 * r], scales_and_zeros[2 * r + 1], tables + 16 * r);
-        }
-      }
+      suspects |= S::template LoadPairs<dtype>(scales_and_zeros + 2 * row, scales + row, zeros + row) << row;
+    }
+    for (int row = 0; row < kRows; ++row) S::template FastTable<dtype>(scales[row], zeros[row], tables + 16 * row);
+    for (int row = 0; suspects != 0; ++row, suspects >>= 1) {
+      if ((suspects & 1) == 0) continue;
+      ExactTable(dtype, scales_and_zeros[2 * row], scales_and_zeros[2 * row + 1], tables + 16 * row);
     }
   }
 

@@ -85,27 +85,25 @@ struct Neon {
   }
 
   template <DType dtype>
-  static void FastTables(const uint16_t* scales_and_zeros, float* tables) {
-    const float32x4_t first = {-8, -7, -6, -5};
-    for (int row = 0; row < 4; ++row, scales_and_zeros += 2, tables += 16) {
-      const Float scale = WidenFour<dtype>(vdup_n_u16(scales_and_zeros[0]));
-      const Float zero = WidenFour<dtype>(vdup_n_u16(scales_and_zeros[1]));
-      for (int i = 0; i < 16; i += 4) {
-        const Float q = vaddq_f32(first, vdupq_n_f32(static_cast<float>(i)));
-        vst1q_f32(tables + i, Round<dtype>(vfmaq_f32(zero, q, scale)));
-      }
-    }
+  static unsigned LoadPairs(const uint16_t* scales_and_zeros, float* scales, float* zeros) {
+    const uint16x4x2_t pairs = vld2_u16(scales_and_zeros);
+    const Float scale = WidenFour<dtype>(pairs.val[0]);
+    const Float zero = WidenFour<dtype>(pairs.val[1]);
+    vst1q_f32(scales, scale);
+    vst1q_f32(zeros, zero);
+    const uint32x4_t small = vcltq_f32(vabsq_f32(zero), vmulq_n_f32(vabsq_f32(scale), DoubleRoundingLimit(dtype)));
+    const uint32x4_t suspect = vbicq_u32(small, vceqzq_f32(zero));
+    const uint32x4_t bit = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(suspect, bit));
   }
 
   template <DType dtype>
-  static unsigned Suspects(const uint16_t* scales_and_zeros) {
-    const uint16x4x2_t pairs = vld2_u16(scales_and_zeros);
-    const Float scales = vabsq_f32(WidenFour<dtype>(pairs.val[0]));
-    const Float zeros = vabsq_f32(WidenFour<dtype>(pairs.val[1]));
-    const uint32x4_t small = vcltq_f32(zeros, vmulq_n_f32(scales, DoubleRoundingLimit(dtype)));
-    const uint32x4_t suspect = vbicq_u32(small, vceqzq_f32(zeros));
-    const uint32x4_t bit = {1, 2, 4, 8};
-    return vaddvq_u32(vandq_u32(suspect, bit));
+  static void FastTable(float scale, float zero, float* table) {
+    const float32x4_t first = {-8, -7, -6, -5};
+    for (int i = 0; i < 16; i += 4) {
+      const Float q = vaddq_f32(first, vdupq_n_f32(static_cast<float>(i)));
+      vst1q_f32(table + i, Round<dtype>(vfmaq_n_f32(vdupq_n_f32(zero), q, scale)));
+    }
   }
 };
 

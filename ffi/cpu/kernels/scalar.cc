@@ -71,28 +71,24 @@ struct Scalar {
   }
 
   template <DType dtype>
-  static void FastTables(const uint16_t* scales_and_zeros, float* tables) {
-    for (int row = 0; row < 4; ++row) {
-      const float scale = int4mm::Widen(dtype, scales_and_zeros[2 * row]);
-      const float zero = int4mm::Widen(dtype, scales_and_zeros[2 * row + 1]);
-      for (int q = 0; q < 16; ++q) {
-        // The product is exact but where it overflows, which ExactTable takes care of.
-        const float sum = static_cast<float>(q - 8) * scale + zero;
-        tables[16 * row + q] = int4mm::Widen(dtype, int4mm::Narrow(dtype, sum));
-      }
-    }
-  }
-
-  template <DType dtype>
-  static unsigned Suspects(const uint16_t* scales_and_zeros) {
+  static unsigned LoadPairs(const uint16_t* scales_and_zeros, float* scales, float* zeros) {
     unsigned suspects = 0;
     for (int row = 0; row < 4; ++row) {
-      const float scale = std::fabs(int4mm::Widen(dtype, scales_and_zeros[2 * row]));
-      const float zero = std::fabs(int4mm::Widen(dtype, scales_and_zeros[2 * row + 1]));
-      const bool overflows = scale >= 0x1p124f;
+      scales[row] = int4mm::Widen(dtype, scales_and_zeros[2 * row]);
+      zeros[row] = int4mm::Widen(dtype, scales_and_zeros[2 * row + 1]);
+      const float scale = std::fabs(scales[row]);
+      const float zero = std::fabs(zeros[row]);
+      const bool overflows = scale >= 0x1p124f;  // (q - 8) * scale does, though the sum may not.
       if (overflows || (zero != 0 && zero < DoubleRoundingLimit(dtype) * scale)) suspects |= 1u << row;
     }
     return suspects;
+  }
+
+  template <DType dtype>
+  static void FastTable(float scale, float zero, float* table) {
+    for (int q = 0; q < 16; ++q) {
+      table[q] = int4mm::Widen(dtype, int4mm::Narrow(dtype, static_cast<float>(q - 8) * scale + zero));
+    }
   }
 };
 

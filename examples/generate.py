@@ -22,6 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import jax_int4mm as i4
+from jax_int4mm import checkpoints
 from llama import (
     LINEAR_NAMES,
     Cache,
@@ -33,9 +36,6 @@ from llama import (
     negative_log_likelihood,
     params_from_huggingface,
 )
-
-import jax_int4mm as i4
-from jax_int4mm import checkpoints
 
 BYTE_MODEL = pathlib.Path(__file__).parent / "byte_model"
 DEFAULT_PROMPT = 'def copy_file(source, target):\n    """'

@@ -199,12 +199,12 @@ def forward(
     cache: Cache | None = None,
     start: jax.typing.ArrayLike = 0,
     dropout: Callable[[jax.Array], jax.Array] = lambda y: y,
-) -> tuple[jax.Array, Cache | None]:
+) -> tuple[jax.Array, Cache]:
     """Hidden states after the last norm, [batch, t, hidden], of int32 tokens [batch, t] from position `start` on.
 
     With a cache the new keys and values are written at `start`, every cached position up to a token's own is attended
-    to, and the updated cache is returned. Without one the tokens are the whole sequence. `dropout` is applied to the
-    embeddings and to the output of every residual branch (training only).
+    to, and the updated cache is returned. Without one the tokens are the whole sequence, and the cache is empty.
+    `dropout` is applied to the embeddings and to the output of every residual branch (training only).
     """
     batch, t = tokens.shape
     frequencies = rope_frequencies(config)
@@ -227,7 +227,7 @@ def forward(
         x = x + dropout(attended.reshape(batch, t, -1) @ layer["o"])
         h = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
         x = x + dropout((jax.nn.silu(h @ layer["gate"]) * (h @ layer["up"])) @ layer["down"])
-    return rms_norm(x, params["norm"], config.rms_norm_eps), None if cache is None else new_cache
+    return rms_norm(x, params["norm"], config.rms_norm_eps), new_cache
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:

@@ -37,8 +37,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from llama import LINEAR_NAMES, NORM_NAMES, Config, Params, forward, logits, negative_log_likelihood
 from safetensors.numpy import save_file
+
+from llama import LINEAR_NAMES, NORM_NAMES, Config, Params, forward, logits, negative_log_likelihood
 
 SEPARATOR = 0  # between documents, and the end of a generated text
 GROUP_SIZE = 64  # of the 4-bit rounding that the model is made to survive

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -17,11 +18,11 @@ SHORT_SUM = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Plain:
-    """How far off a plain ``jnp`` dot of the same operands, with an f32 sum, is on the device under test.
+class PlainDot:
+    """How far off ``jnp.dot`` of the same operands, with an f32 sum, is on the device under test.
 
     Attributes:
-      error: its largest error before the last rounding, for each unit of ``Product.magnitude``.
+      error: its largest error before the last rounding, for each unit of sum|w x|.
       differ: the share of its results that round to another number than the float64 product.
     """
 
@@ -29,121 +30,89 @@ class Plain:
     differ: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """What y = x @ w^T has to be: each [m, n].
+def check(outputs: Sequence[np.ndarray], xs: Sequence[np.ndarray], w: np.ndarray, device: jax.Device | None) -> None:
+    """Raise AssertionError unless each output is x @ w^T for its x.
 
-    Attributes:
-      exact: the float64 product.
-      magnitude: sum over k of |w x|, which the rounding errors of any order of summation scale with.
-      nearest: ``exact`` rounded once to x's dtype.
-      k: length of the sums.
-      plain: None to hold y to absolute bounds alone.
-    """
-
-    exact: np.ndarray
-    magnitude: np.ndarray
-    nearest: np.ndarray
-    k: int
-    plain: Plain | None
-
-    def rows(self, m: int) -> Product:
-        """The product of the first m rows of x."""
-        return dataclasses.replace(self, exact=self.exact[:m], magnitude=self.magnitude[:m], nearest=self.nearest[:m])
-
-
-def product(x: np.ndarray, w: np.ndarray, device: jax.Device | None = None) -> Product:
-    """What x [m, k] in y's dtype times w [n, k] has to be.
+    Each number is held to a bound of its own. How many round to another number than the float64 product does is counted
+    over all outputs: that is what tells a wrong dequantisation, which moves most results by less than the bound, from
+    another order of summation, which moves few.
 
     Args:
-      x: activations.
-      w: the weight, in x's dtype, or float64 if it is not rounded.
-      device: where a plain dot is run to compare with. None is for bfloat16 sums of up to SHORT_SUM, without heavy
-        cancellation of large terms.
+      outputs: y [m, n] in x's dtype for each x.
+      xs: activations [m, k], bfloat16 or float16.
+      w: the weight [n, k] in x's dtype, or float64 if the kernel does not round it.
+      device: where a plain dot is run to compare with, for long sums, float16, and large terms that cancel. None, for
+        short sums of bfloat16, holds every output to the absolute bound.
     """
+    for y, x in zip(outputs, xs, strict=True):
+        assert y.shape == (len(x), len(w)), f"y has shape {y.shape}, not {(len(x), len(w))}"
+        assert y.dtype == x.dtype, f"y has dtype {y.dtype}, not {x.dtype}"
+    x, y = np.concatenate(xs), np.concatenate(outputs)
     x64, w64 = x.astype(np.float64), w.astype(np.float64)
     exact, magnitude = x64 @ w64.T, np.abs(x64) @ np.abs(w64).T
-    nearest = oracle.round_once(exact, x.dtype)
-    plain = None
-    if device is not None:
-        y = plain_dot(x, w, device)
-        relative = np.abs(y - exact) / np.where(magnitude > 0, magnitude, 1)
-        plain = Plain(relative.max(initial=0.0), np.count_nonzero(y.astype(x.dtype) != nearest) / max(y.size, 1))
-    return Product(exact, magnitude, nearest, x.shape[1], plain)
+    plain = None if device is None else _measure_plain_dot(x, w, exact, magnitude, device)
+    _check_each(y, exact, _bound(exact, magnitude, x.shape[1], x.dtype, plain))
+    _check_how_many_differ(y, exact, x.shape[1], plain)
 
 
-def plain_dot(x: np.ndarray, w: np.ndarray, device: jax.Device) -> np.ndarray:
-    """The f32 sums, [m, n], that JAX gives for the dense weight."""
-    operands = jax.device_put((x, w.astype(np.float32) if w.dtype == np.float64 else w), device)
-    # Without tuning: one of several matrix products of a GPU's library is as plain as another.
-    dot = jax.jit(_plain_dot, compiler_options={"xla_gpu_autotune_level": 0})
-    return np.asarray(dot(*operands))
+def _bound(exact: np.ndarray, magnitude: np.ndarray, k: int, dtype: np.dtype, plain: PlainDot | None) -> np.ndarray:
+    bound = np.zeros_like(exact)
+    if k <= SHORT_SUM and dtype == oracle.BFLOAT16:
+        bound = oracle.ulp(np.maximum(np.abs(exact), 2.0**-16 * magnitude), dtype)
+    elif k <= SHORT_SUM:
+        bound = oracle.ulp(exact, dtype) + 2.0**-20 * magnitude
+    if plain is not None:
+        # Three times a plain dot's error, and then one rounding.
+        error_of_sum = 3 * plain.error * magnitude
+        bound = np.maximum(bound, error_of_sum + oracle.ulp(np.abs(exact) + error_of_sum, dtype) / 2)
+    return bound
 
 
-def _plain_dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.dot(
-        x.astype(w.dtype), w.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
-
-
-def check(outputs: Sequence[np.ndarray], products: Sequence[Product]) -> None:
-    """Raise AssertionError unless each output is right for its product.
-
-    Each number is held to a bound of its own. How many may round to another number than the float64 product does is
-    counted over all outputs: that is what tells a wrong dequantisation, which moves most results by less than the
-    bound, from another order of summation, which moves few.
-    """
-    for y, expected in zip(outputs, products, strict=True):
-        assert y.shape == expected.exact.shape, f"y has shape {y.shape}, not {expected.exact.shape}"
-        assert y.dtype == expected.nearest.dtype, f"y has dtype {y.dtype}, not {expected.nearest.dtype}"
-        _check_each(y, expected)
-    size = sum(y.size for y in outputs)
-    differ = sum(np.count_nonzero(y != p.nearest) for y, p in zip(outputs, products, strict=True))
-    allowed = _allowed_to_differ([(p.exact.size, _share_that_may_differ(p)) for p in products])
-    assert differ <= allowed, (
-        f"{differ} of {size} outputs ({differ / size:.2%}) are not the float64 product rounded once; "
-        f"{allowed} may differ by the order of summation: the weight is not the one that dequantize returns"
-    )
-
-
-def _check_each(y: np.ndarray, expected: Product) -> None:
-    error = np.abs(y.astype(np.float64) - expected.exact)
-    bound = np.zeros_like(error)
-    if expected.k <= SHORT_SUM:
-        if y.dtype == oracle.BFLOAT16:
-            bound = oracle.ulp(np.maximum(np.abs(expected.exact), 2.0**-16 * expected.magnitude), y.dtype)
-        else:
-            bound = oracle.ulp(expected.exact, y.dtype) + 2.0**-20 * expected.magnitude
-    if expected.plain is not None:
-        # Where large terms cancel, and in long sums: three times a plain dot's error, then one rounding.
-        error_of_sum = 3 * expected.plain.error * expected.magnitude
-        bound = np.maximum(bound, error_of_sum + oracle.ulp(np.abs(expected.exact) + error_of_sum, y.dtype) / 2)
-    wrong = ~(error <= bound)  # NaN is wrong too.
+def _check_each(y: np.ndarray, exact: np.ndarray, bound: np.ndarray) -> None:
+    wrong = ~(np.abs(y.astype(np.float64) - exact) <= bound)  # NaN is wrong too.
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         raise AssertionError(
-            f"{np.count_nonzero(wrong)} of {y.size} outputs are out of bounds, the first y[{row}, {column}] = "
-            f"{y[row, column]}: it must be {expected.exact[row, column]} within {bound[row, column]}"
+            f"{np.count_nonzero(wrong)} of {y.size} outputs are out of bounds, the first, in row {row} of all and column "
+            f"{column}, is {y[row, column]}: it must be {exact[row, column]} within {bound[row, column]}"
         )
 
 
-def _share_that_may_differ(expected: Product) -> float:
-    # float16's numbers are eight times as dense as bfloat16's and sums of f32 round differently more often.
-    if expected.k <= SHORT_SUM and expected.nearest.dtype == oracle.BFLOAT16:
-        return 0.005
-    assert expected.plain is not None, "sums this long, or of float16, are compared with a plain dot: give its device"
-    return 3 * expected.plain.differ
+def _check_how_many_differ(y: np.ndarray, exact: np.ndarray, k: int, plain: PlainDot | None) -> None:
+    if k <= SHORT_SUM and y.dtype == oracle.BFLOAT16:
+        share = 0.005
+    else:
+        # float16's numbers are eight times as dense as bfloat16's, and longer sums have larger errors.
+        assert plain is not None, "long sums and float16 are compared with a plain dot: give a device"
+        share = 3 * plain.differ
+    differ = np.count_nonzero(y != oracle.round_once(exact, y.dtype))
+    allowed = max(int(share * y.size), _rarely_exceeded(y.size, max(share / 3, 0.001)))
+    assert differ <= allowed, (
+        f"{differ} of {y.size} outputs ({differ / y.size:.2%}) are not the float64 product rounded once, and the order of "
+        f"summation explains {allowed}: the weight is not the one that the kernel states"
+    )
 
 
-def _allowed_to_differ(sizes_and_shares: Sequence[tuple[int, float]]) -> int:
-    """The share of many outputs; of few, the count that a right kernel exceeds once in a million runs.
+def _rarely_exceeded(size: int, rate: float) -> int:
+    """The count that ``size`` events of this rate exceed once in a million runs.
 
-    A share of few outputs says little: of 16, one is 6 % already. Right kernels were measured below a third of the
-    share, and below 0.1 % for sums of bfloat16; a wrong dequantisation changes 40 % and stays caught.
+    A share of few outputs says little: of 16, one is 6 % already. Right kernels were measured below these rates, so
+    they pass at any size; a wrong dequantisation changes 40 % and stays caught.
     """
-    size = sum(size for size, _ in sizes_and_shares)
-    if size == 0:
-        return 0
-    share = sum(size * share for size, share in sizes_and_shares) / size
-    exceeded = scipy.special.bdtrc(np.arange(size), size, max(share / 3, 0.001))
-    return max(int(share * size), int(np.argmax(exceeded < 1e-6)))
+    return int(np.argmax(scipy.special.bdtrc(np.arange(size), size, rate) < 1e-6)) if size else 0
+
+
+def _measure_plain_dot(
+    x: np.ndarray, w: np.ndarray, exact: np.ndarray, magnitude: np.ndarray, device: jax.Device
+) -> PlainDot:
+    operands = jax.device_put((x, w.astype(np.float32) if w.dtype == np.float64 else w), device)
+    y = np.asarray(_plain_dot(*operands))
+    relative = np.abs(y - exact) / np.where(magnitude > 0, magnitude, 1)
+    differ = np.count_nonzero(y.astype(x.dtype) != oracle.round_once(exact, x.dtype))
+    return PlainDot(relative.max(initial=0.0), differ / max(y.size, 1))
+
+
+# Without tuning: one of several matrix products of a GPU's library is as plain as another.
+@functools.partial(jax.jit, compiler_options={"xla_gpu_autotune_level": 0})
+def _plain_dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.dot(x.astype(w.dtype), w.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

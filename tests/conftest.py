@@ -59,8 +59,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    """Random numbers of this test in this run: the same in any order and on any worker."""
-    return np.random.default_rng([int(os.environ[SEED_VARIABLE]), zlib.crc32(request.node.nodeid.encode())])
+    """Random numbers of this test in this run: the same in any order, on any worker, and for every kernel."""
+    name = request.node.nodeid
+    if "kernel" in request.fixturenames:
+        name = name.replace(str(request.getfixturevalue("kernel")), "")
+    return np.random.default_rng([int(os.environ[SEED_VARIABLE]), zlib.crc32(name.encode())])
 
 
 def _kernel_parameters(*, cpu: tuple[str | None, ...], cuda: tuple[str | None, ...]) -> list[object]:

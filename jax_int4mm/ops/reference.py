@@ -13,7 +13,8 @@ from jax_int4mm.ops.dequantize import dequantize_rows
 
 def int4pack_mm_reference(x: jax.Array, packed: jax.Array, scales_and_zeros: jax.Array, group_size: int) -> jax.Array:
     """Multiply x [m, k] @ w^T with w = round((q - 8) * scale + zero) and an f32 sum, rounded once to x's dtype."""
-    w = dequantize_rows(packed, scales_and_zeros, group_size)
+    # XLA may otherwise keep w in f32 between the fused operations (excess precision) and skip its rounding.
+    w = jax.lax.optimization_barrier(dequantize_rows(packed, scales_and_zeros, group_size))
     return jax.lax.dot_general(
         x, w, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     ).astype(x.dtype)

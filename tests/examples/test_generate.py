@@ -8,15 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import generate
 import jax
 import jax.numpy as jnp
-import llama
 import numpy as np
 import pytest
 import safetensors.numpy
 
+import generate
 import jax_int4mm as i4
+import llama
 from jax_int4mm import checkpoints
 
 DATA = Path(__file__).parents[1] / "data"

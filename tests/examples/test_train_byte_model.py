@@ -3,14 +3,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import generate
 import jax
 import jax.numpy as jnp
-import llama
 import numpy as np
 import pytest
 
+import generate
 import jax_int4mm as i4
+import llama
 from jax_int4mm import checkpoints
 
 pytest.importorskip("optax", reason="the training script needs optax")

@@ -43,31 +43,31 @@ struct Avx2 {
   template <class O>
   static void LoadUnit(const uint32_t* row, int part, Words* words) {
     if constexpr (!O::kWholeTiles) {
-      // Word i of the unit is the (first + i / 4)-th word of lane i % 4 of the tile.
-      const __m256i first = _mm256_set1_epi32(part * (O::kWords / 4));
+      const __m256i first = _mm256_set1_epi32(part * O::kUnitWordsPerLane);
       if constexpr (O::kRowWords == 8) {
-        const __m256i index = _mm256_add_epi32(first, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+        const __m256i index = _mm256_add_epi32(first, _mm256_setr_epi32(0, 0, 2, 2, 4, 4, 6, 6));
         words[0] = _mm256_permutevar8x32_epi32(Load8(row), index);
       } else {
-        constexpr int kSecond = O::kWords == 8 ? 1 : 0;
-        const __m256i index = _mm256_add_epi32(
-            first, _mm256_setr_epi32(0, 4, 0, 4, kSecond, 4 + kSecond, kSecond, 4 + kSecond));
+        // The unit's words of lanes 0 and 1 of the tile, and of lanes 2 and 3, each in both halves.
+        constexpr int kNext = O::kWords == 8 ? 1 : 0;
+        const __m256i index = _mm256_add_epi32(first, _mm256_setr_epi32(0, kNext, 4, 4 + kNext, 0, kNext, 4, 4 + kNext));
         const __m256i lanes01 = _mm256_permutevar8x32_epi32(Load8(row), index);
         const __m256i lanes23 = _mm256_permutevar8x32_epi32(Load8(row + 8), index);
-        words[0] = _mm256_blend_epi32(lanes01, lanes23, 0b11001100);
+        words[0] = _mm256_blend_epi32(lanes01, lanes23, 0b11110000);
       }
-    } else if constexpr (O::kRowWords >= 8) {
-      for (int v = 0; v < O::kWordVectors; ++v) words[v] = Load8(row + 8 * v / O::kRowWords * O::kTileWords + 8 * v % O::kRowWords);
-    } else if constexpr (O::kWords >= 8) {
-      for (int v = 0; v < O::kWordVectors; ++v) {
-        words[v] = Join(Load4(row + 2 * v * O::kTileWords), Load4(row + (2 * v + 1) * O::kTileWords));
+      if constexpr (O::kParts == 2) {
+        words[0] = _mm256_srlv_epi32(words[0], _mm256_setr_epi32(0, 16, 0, 16, 0, 16, 0, 16));
       }
+    } else if constexpr (O::kWords == 4) {
+      words[0] = _mm256_cvtepu16_epi32(Load4(row));
     } else {
-      words[0] = _mm256_broadcastsi128_si256(Load4(row));
-    }
-    if constexpr (O::kCopies > 1) {
-      static_assert(O::kCopies == 2 && O::kSteps == 4);
-      words[0] = _mm256_srlv_epi32(words[0], _mm256_setr_epi32(0, 0, 0, 0, 16, 16, 16, 16));
+      for (int v = 0; v < O::kWordVectors; ++v) {
+        if constexpr (O::kRowWords == 4) {
+          words[v] = Join(Load4(row + 2 * v * O::kTileWords), Load4(row + (2 * v + 1) * O::kTileWords));
+        } else {
+          words[v] = Load8(row + 8 * v / O::kRowWords * O::kTileWords + 8 * v % O::kRowWords);
+        }
+      }
     }
   }
 

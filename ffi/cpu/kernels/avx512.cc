@@ -24,45 +24,39 @@ struct Avx512 {
   static Float Lookup(Table table, Words words) { return _mm512_permutexvar_ps(words, table); }
   static Words NextNibble(Words words) { return _mm512_srli_epi32(words, 4); }
 
-  static __m512i Lane() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
-
   static __m128i Load4(const uint32_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
   static __m256i Load8(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static __m256i Join(__m128i low, __m128i high) { return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1); }
+  static __m512i Join(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
 
   template <class O>
   static void LoadUnit(const uint32_t* row, int part, Words* words) {
-    __m512i w;
     if constexpr (!O::kWholeTiles) {
-      // Lane l takes word l % kWords of the unit: lane (word % 4) of the tile, its (first + word / 4)-th word.
-      const __m512i word = _mm512_and_si512(Lane(), _mm512_set1_epi32(O::kWords - 1));
-      const __m512i in_lane = _mm512_mullo_epi32(_mm512_and_si512(word, _mm512_set1_epi32(3)),
-                                                 _mm512_set1_epi32(O::kWordsPerLane));
-      const __m512i index = _mm512_add_epi32(_mm512_add_epi32(in_lane, _mm512_srli_epi32(word, 2)),
-                                             _mm512_set1_epi32(part * (O::kWords / 4)));
-      const __m512i all = O::kRowWords == 16 ? _mm512_loadu_si512(row) : _mm512_castsi256_si512(Load8(row));
-      w = _mm512_permutexvar_epi32(index, all);
-    } else if constexpr (O::kWords == 16 && O::kRowWords == 16) {
-      w = _mm512_loadu_si512(row);
-    } else if constexpr (O::kWords == 16 && O::kRowWords == 8) {
-      w = _mm512_inserti64x4(_mm512_castsi256_si512(Load8(row)), Load8(row + O::kTileWords), 1);
-    } else if constexpr (O::kWords == 16) {
-      const __m256i low = Join(Load4(row), Load4(row + O::kTileWords));
-      const __m256i high = Join(Load4(row + 2 * O::kTileWords), Load4(row + 3 * O::kTileWords));
-      w = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    } else if constexpr (O::kWords == 8 && O::kRowWords == 8) {
-      w = _mm512_broadcast_i64x4(Load8(row));
+      // Each 128 bits hold the words of one lane of the tile; theirs that are in the unit are spread over four dwords.
+      const __m512i lanes = O::kRowWords == 16
+                                ? _mm512_loadu_si512(row)
+                                : _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3),
+                                                           _mm512_castsi256_si512(Load8(row)));
+      constexpr int kZero = -1;
+      const __m128i spread =
+          O::kWords == 8 ? _mm_setr_epi8(0, 1, kZero, kZero, 2, 3, kZero, kZero, 4, 5, kZero, kZero, 6, 7, kZero, kZero)
+                         : _mm_setr_epi8(0, kZero, kZero, kZero, 1, kZero, kZero, kZero, 2, kZero, kZero, kZero, 3,
+                                         kZero, kZero, kZero);
+      const __m128i first = _mm_set1_epi8(static_cast<char>(part * 4 * O::kUnitWordsPerLane));
+      words[0] = _mm512_shuffle_epi8(lanes, _mm512_broadcast_i32x4(_mm_or_si128(spread, first)));
+    } else if constexpr (O::kWords == 4) {
+      words[0] = _mm512_cvtepu8_epi32(Load4(row));
     } else if constexpr (O::kWords == 8) {
-      w = _mm512_broadcast_i64x4(Join(Load4(row), Load4(row + O::kTileWords)));
+      const __m256i all = O::kRowWords == 8 ? Load8(row) : Join(Load4(row), Load4(row + O::kTileWords));
+      words[0] = _mm512_cvtepu16_epi32(all);
+    } else if constexpr (O::kRowWords == 16) {
+      words[0] = _mm512_loadu_si512(row);
+    } else if constexpr (O::kRowWords == 8) {
+      words[0] = Join(Load8(row), Load8(row + O::kTileWords));
     } else {
-      static_assert(O::kWords == 4 && O::kRowWords == 4);
-      w = _mm512_broadcast_i32x4(Load4(row));
+      words[0] = Join(Join(Load4(row), Load4(row + O::kTileWords)),
+                      Join(Load4(row + 2 * O::kTileWords), Load4(row + 3 * O::kTileWords)));
     }
-    if constexpr (O::kCopies > 1) {
-      const __m512i copy = _mm512_srli_epi32(Lane(), O::kWords == 8 ? 3 : 2);
-      w = _mm512_srlv_epi32(w, _mm512_slli_epi32(copy, O::kSteps == 4 ? 4 : 3));
-    }
-    words[0] = w;
   }
 
   template <DType dtype>

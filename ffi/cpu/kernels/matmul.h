@@ -8,7 +8,8 @@
 //   Float Zero(), Load(const float*), MultiplyAdd(a, b, c) = a * b + c; void Store(float*, Float); float Sum(Float)
 //   Table LoadTable(const float*); Float Lookup(Table, Words): table[low nibble of each lane]
 //   Words NextNibble(Words): each lane shifted right by 4
-//   void LoadUnit<Order>(const uint32_t* row, int part, Words*): the words of one row of one unit, in Order's order
+//   void LoadUnit<Order>(const uint32_t* row, int part, Words*): the words of one row of one unit, in Order's order; the
+//     unit is the part-th of its tile, if it is less than a tile
 //   Float Widen<dtype>(const uint16_t*); uint16_t Narrow<dtype>(float)
 //   unsigned LoadPairs<dtype>(const uint16_t* scales_and_zeros, float* scales, float* zeros): of four rows; a mask of
 //     those that need ExactTable
@@ -41,26 +42,42 @@ struct Matmul {
 
   static int64_t SlabLength(int64_t k, int64_t slab_begin) { return k - slab_begin < kSlab ? k - slab_begin : kSlab; }
 
-  // The tables of `kRows` neighbouring rows of one group.
+  // The most groups of one slab.
+  template <class O>
+  static constexpr int kSlabGroups = kSlab / O::kUnit;
+
+  // tables [length / group_size][kRows][16] of `kRows` neighbouring rows, beginning with row n, in one slab. Not inlined:
+  // its caller would keep its sums in memory around the rare call of ExactTable, everywhere.
   template <DType dtype, int kRows>
-  [[gnu::noinline]] static void BuildTables(const uint16_t* scales_and_zeros, float* tables) {
+  [[gnu::noinline]] static void BuildTables(const MatmulArgs& args, int64_t n, int64_t slab, int64_t length,
+                                            float* tables) {
     static_assert(kRows % 4 == 0);
-    float scales[kRows];
-    float zeros[kRows];
-    unsigned suspects = 0;
-    for (int row = 0; row < kRows; row += 4) {
-      suspects |= S::template LoadPairs<dtype>(scales_and_zeros + 2 * row, scales + row, zeros + row) << row;
-    }
-    for (int row = 0; row < kRows; ++row) S::template FastTable<dtype>(scales[row], zeros[row], tables + 16 * row);
-    for (int row = 0; suspects != 0; ++row, suspects >>= 1) {
-      if ((suspects & 1) == 0) continue;
-      ExactTable(dtype, scales_and_zeros[2 * row], scales_and_zeros[2 * row + 1], tables + 16 * row);
+    const Problem& p = args.problem;
+    for (int64_t k = slab; k < slab + length; k += p.group_size, tables += 16 * kRows) {
+      const uint16_t* pairs = args.operands.scales_and_zeros + layout::ScaleIndex(k / p.group_size, n, p.n);
+      float scales[kRows];
+      float zeros[kRows];
+      unsigned suspects = 0;
+      for (int row = 0; row < kRows; row += 4) {
+        suspects |= S::template LoadPairs<dtype>(pairs + 2 * row, scales + row, zeros + row) << row;
+      }
+      // One row's pair is then broadcast from memory, which costs less than taking it out of the vector of four.
+      __asm__ volatile("" : : "r"(scales), "r"(zeros) : "memory");
+      for (int row = 0; row < kRows; ++row) S::template FastTable<dtype>(scales[row], zeros[row], tables + 16 * row);
+      for (int row = 0; suspects != 0; ++row, suspects >>= 1) {
+        if ((suspects & 1) != 0) ExactTable(dtype, pairs[2 * row], pairs[2 * row + 1], tables + 16 * row);
+      }
     }
   }
 
   template <int kRows>
   static auto TableBuilder(DType dtype) {
     return dtype == DType::kBFloat16 ? &BuildTables<DType::kBFloat16, kRows> : &BuildTables<DType::kFloat16, kRows>;
+  }
+
+  template <class O>
+  static int64_t GroupInSlab(const Problem& p, int64_t k_in_slab) {
+    return O::kUnit == 128 && p.group_size == 256 ? 0 : k_in_slab / O::kUnit;
   }
 
   static uint16_t Narrow(DType dtype, float value) {
@@ -72,15 +89,15 @@ struct Matmul {
 
   template <DType dtype, class O>
   static void OrderActivations(const MatmulArgs& args, int64_t token) {
+    constexpr int kUnit = O::kUnit;
     struct Positions {
-      uint8_t k[O::kWords * 8];
+      uint8_t k[kUnit];
     };
     constexpr Positions positions = [] {
       Positions p{};
-      for (int i = 0; i < O::kWords * 8; ++i) p.k[i] = static_cast<uint8_t>(O::K(i));
+      for (int i = 0; i < kUnit; ++i) p.k[i] = static_cast<uint8_t>(O::K(i));
       return p;
     }();
-    constexpr int kUnit = O::kWords * 8;
     const int64_t k = args.problem.k;
     const uint16_t* source = args.operands.x + (args.first_token + token) * k;
     alignas(64) float widened[kUnit];
@@ -99,33 +116,29 @@ struct Matmul {
   template <class O, int kTokens>
   static void DirectTokens(const MatmulArgs& args, int64_t row_begin, int64_t row_end) {
     constexpr int kRows = DirectBlock(S::kIsa, kTokens).rows;
-    constexpr int kUnit = O::kWords * 8;
     const Problem& p = args.problem;
     const auto build_tables = TableBuilder<kRows>(p.dtype);
-    alignas(64) float tables[16 * kRows];
+    alignas(64) float tables[kSlabGroups<O> * kRows * 16];
 
     for (int64_t n = row_begin; n < row_end; n += kRows) {
       const uint32_t* rows =
           args.operands.packed + n / kTileRows * (p.k / O::kTileK) * O::kTileWords + n % kTileRows * O::kRowWords;
-      const uint16_t* scales_and_zeros = args.operands.scales_and_zeros + 2 * n;
       Float sums[kRows][kTokens];
       for (auto& row : sums) {
         for (Float& sum : row) sum = S::Zero();
       }
       for (int64_t slab = 0; slab < p.k; slab += kSlab) {
         const int64_t length = SlabLength(p.k, slab);
+        build_tables(args, n, slab, length, tables);
         const float* x = args.x + slab * kTokens;
-        for (int64_t k = slab; k < slab + length; k += kUnit, x += kUnit) {
-          if ((k & (p.group_size - 1)) == 0) {  // Group sizes are powers of two.
-            build_tables(scales_and_zeros, tables);
-            scales_and_zeros += 2 * p.n;
-          }
+        for (int64_t k = slab; k < slab + length; k += O::kUnit, x += O::kUnit) {
+          const float* unit_tables = tables + GroupInSlab<O>(p, k - slab) * kRows * 16;
           const uint32_t* unit = rows + k / O::kTileK * O::kTileWords;
-          const int part = O::kWholeTiles ? 0 : static_cast<int>(k % O::kTileK / kUnit);
+          const int part = O::kWholeTiles ? 0 : static_cast<int>(k % O::kTileK / O::kUnit);
           Table table[kRows];
           Words words[kRows][O::kWordVectors];
           for (int r = 0; r < kRows; ++r) {
-            table[r] = S::LoadTable(tables + 16 * r);
+            table[r] = S::LoadTable(unit_tables + 16 * r);
             S::template LoadUnit<O>(unit + r * O::kRowWords, part, words[r]);
           }
           for (int v = 0; v < O::kWordVectors; ++v) {
@@ -174,22 +187,20 @@ struct Matmul {
   // panel [rows][kSlab] = the weights of rows n .. n + rows - 1, k = slab .. slab + length - 1.
   template <class O>
   static void FillPanel(const MatmulArgs& args, int64_t n, int64_t rows, int64_t slab, int64_t length, float* panel) {
-    constexpr int kUnit = O::kWords * 8;
     const Problem& p = args.problem;
     const auto build_tables = TableBuilder<kTileRows>(p.dtype);
-    alignas(64) float tables[16 * kTileRows];
+    alignas(64) float tables[kSlabGroups<O> * kTileRows * 16];
 
     for (int64_t tile = n; tile < n + rows; tile += kTileRows) {
       const uint32_t* tile_words = args.operands.packed + tile / kTileRows * (p.k / O::kTileK) * O::kTileWords;
-      for (int64_t k = slab; k < slab + length; k += kUnit) {
-        if ((k & (p.group_size - 1)) == 0) {
-          build_tables(args.operands.scales_and_zeros + layout::ScaleIndex(k / p.group_size, tile, p.n), tables);
-        }
+      build_tables(args, tile, slab, length, tables);
+      for (int64_t k = slab; k < slab + length; k += O::kUnit) {
+        const float* unit_tables = tables + GroupInSlab<O>(p, k - slab) * kTileRows * 16;
         const uint32_t* unit = tile_words + k / O::kTileK * O::kTileWords;
-        const int part = O::kWholeTiles ? 0 : static_cast<int>(k % O::kTileK / kUnit);
+        const int part = O::kWholeTiles ? 0 : static_cast<int>(k % O::kTileK / O::kUnit);
         for (int r = 0; r < kTileRows; ++r) {
           float* out = panel + (tile - n + r) * kSlab + (k - slab);
-          const Table table = S::LoadTable(tables + 16 * r);
+          const Table table = S::LoadTable(unit_tables + 16 * r);
           Words words[O::kWordVectors];
           S::template LoadUnit<O>(unit + r * O::kRowWords, part, words);
           for (int v = 0; v < O::kWordVectors; ++v) {

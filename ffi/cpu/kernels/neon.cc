@@ -37,14 +37,17 @@ struct Neon {
 
   template <class O>
   static void LoadUnit(const uint32_t* row, int part, Words* words) {
-    static_assert(O::kCopies == 1);
+    static_assert(O::kParts == 1);
     for (int v = 0; v < O::kWordVectors; ++v) {
       if constexpr (O::kWholeTiles) {
         words[v] = vld1q_u32(row + 4 * v / O::kRowWords * O::kTileWords + 4 * v % O::kRowWords);
-      } else if constexpr (O::kRowWords == 16) {
-        words[v] = vld4q_u32(row).val[part * O::kWordVectors + v];
+      } else if constexpr (O::kUnitWordsPerLane == 2) {
+        const uint32_t* lanes = row + 2 * v * O::kWordsPerLane + 2 * part;
+        words[v] = vcombine_u32(vld1_u32(lanes), vld1_u32(lanes + O::kWordsPerLane));
+      } else if constexpr (O::kWordsPerLane == 4) {
+        words[v] = vld4q_u32(row).val[part];
       } else {
-        words[v] = vld2q_u32(row).val[part * O::kWordVectors + v];
+        words[v] = vld2q_u32(row).val[part];
       }
     }
   }

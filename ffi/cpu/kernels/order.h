@@ -9,8 +9,9 @@
 
 namespace int4mm::cpu {
 
-template <int kLanes, int kInnerKTiles, int kUnit>
+template <int kLanes, int kInnerKTiles, int kUnitK>
 struct UnitOrder {
+  static constexpr int kUnit = kUnitK;
   static constexpr int kTileK = static_cast<int>(layout::TileK(kInnerKTiles));
   static constexpr int kWordsPerLane = static_cast<int>(layout::WordsPerLane(kInnerKTiles));
   static constexpr int kRowWords = 4 * kWordsPerLane;  // Words of one row in one tile; they are contiguous.
@@ -18,17 +19,18 @@ struct UnitOrder {
   static constexpr bool kWholeTiles = kUnit >= kTileK;
 
   static constexpr int kWords = kUnit / static_cast<int>(layout::kNibblesPerWord);
-  // A vector with more lanes than the unit has words holds copies of them, each copy shifted to its own nibbles.
+  // Of each lane of the tile: the words that are in the unit.
+  static constexpr int kUnitWordsPerLane = kWholeTiles ? kWordsPerLane : kWords / 4;
+  // Where a vector has more lanes than the unit has words, neighbouring lanes hold the parts of one word.
   static constexpr int kWordVectors = kWords > kLanes ? kWords / kLanes : 1;
-  static constexpr int kCopies = kLanes > kWords ? kLanes / kWords : 1;
-  static constexpr int kSteps = static_cast<int>(layout::kNibblesPerWord) / kCopies;
+  static constexpr int kParts = kLanes > kWords ? kLanes / kWords : 1;
+  static constexpr int kSteps = static_cast<int>(layout::kNibblesPerWord) / kParts;
 
-  // The smallest k, relative to the unit, in the `word`-th word as the kernels load them: in memory order where the
-  // unit is whole tiles; otherwise the four lanes' words of one j, then those of the next.
+  // The smallest k, relative to the unit, in the unit's `word`-th word, in memory order.
   static constexpr int WordK(int word) {
-    if (!kWholeTiles) return 32 * (word / 4) + 2 * (word % 4);
-    const int in_tile = word % kRowWords;
-    return kTileK * (word / kRowWords) + 32 * (in_tile % kWordsPerLane) + 2 * (in_tile / kWordsPerLane);
+    const int tile = word / (4 * kUnitWordsPerLane);
+    const int lane = word / kUnitWordsPerLane % 4;
+    return kTileK * tile + 32 * (word % kUnitWordsPerLane) + 2 * lane;
   }
 
   // What the nibble at bit 4 * nibble adds: the inverse of layout::BitOffset.
@@ -39,8 +41,7 @@ struct UnitOrder {
     const int lane = position % kLanes;
     const int step = position / kLanes % kSteps;
     const int vector = position / kLanes / kSteps;
-    const int word = kLanes >= kWords ? lane % kWords : vector * kLanes + lane;
-    return WordK(word) + NibbleK(step + kSteps * (lane / kWords));
+    return WordK(vector * kLanes + lane / kParts) + NibbleK(step + kSteps * (lane % kParts));
   }
 };
 

@@ -49,11 +49,12 @@ struct Scalar {
   static void LoadUnit(const uint32_t* row, int part, Words* words) {
     for (int v = 0; v < O::kWordVectors; ++v) {
       for (int i = 0; i < kLanes; ++i) {
-        const int word = (v * kLanes + i) % O::kWords;
-        const int copy = (v * kLanes + i) / O::kWords;
-        const int index = O::kWholeTiles ? word / O::kRowWords * O::kTileWords + word % O::kRowWords
-                                         : word % 4 * O::kWordsPerLane + part * (O::kWords / 4) + word / 4;
-        words[v].lane[i] = row[index] >> (4 * O::kSteps * copy);
+        const int word = v * kLanes + i / O::kParts;
+        const int tile = word / (4 * O::kUnitWordsPerLane);
+        const int lane = word / O::kUnitWordsPerLane % 4;
+        const int in_lane = part * O::kUnitWordsPerLane + word % O::kUnitWordsPerLane;
+        words[v].lane[i] = row[tile * O::kTileWords + lane * O::kWordsPerLane + in_lane] >>
+                           (4 * O::kSteps * (i % O::kParts));
       }
     }
   }

@@ -16,11 +16,12 @@ CPU_IMPLEMENTATIONS = ("avx512", "avx2", "neon", "scalar")
 CUDA_IMPLEMENTATIONS = (
     "ampere",
     "ampere/16x8",
+    "ampere/32x8",
     "ampere/16x16",
     "ampere/32x32",
     "ampere/32x64",
     "ampere/128x64",
-    "ampere/128x96",
+    "ampere/128x128",
 )
 
 

@@ -20,34 +20,39 @@ constexpr const char* IsaName(Isa isa) {
   return "";
 }
 
-// Register blocks, rows of w by tokens. Rows divide 8, the rows of one packed tile, and are at least 4.
+// Rows of w by tokens whose sums are in registers. Rows are 4 or 8: they divide the 8 of a packed tile.
 struct RegisterBlock {
   int rows;
   int tokens;
 };
 
-// Up to this many tokens w is looked up in registers and used at once; with more, it is first written to a panel.
-inline constexpr int kMaxDirectTokens = 4;
+// Up to this many tokens each weight goes from its table straight to the sums; with more, w is written to a panel in
+// cache first. Measured on Zen 4: where registers are few, writing the panel pays at once.
+constexpr int MaxDirectTokens(Isa isa) { return isa == Isa::kAvx512 || isa == Isa::kNeon ? 8 : 1; }
 
+// As many tokens at a time as evenly make `tokens`, but no more than 4: their sums, tables and words fill 32 registers.
 constexpr RegisterBlock DirectBlock(Isa isa, int tokens) {
-  return {isa == Isa::kAvx512 && tokens == 1 ? 8 : 4, tokens};
+  constexpr int kMost = 4;
+  const int passes = (tokens + kMost - 1) / kMost;
+  return {isa == Isa::kAvx512 && tokens == 1 ? 8 : 4, (tokens + passes - 1) / passes};
 }
 
 constexpr RegisterBlock PanelBlock(Isa isa) {
   switch (isa) {
     case Isa::kAvx512:
     case Isa::kNeon:
-      return {4, 6};  // 24 of 32 registers accumulate.
+      return {4, 6};  // 24 of 32 registers hold sums.
     case Isa::kAvx2:
       return {4, 3};  // 12 of 16.
     case Isa::kScalar:
-      return {4, 1};  // 8 of 16: a vector of 8 lanes is two registers.
+      break;
   }
-  return {4, 1};
+  return {4, 1};  // 8 of 16 where a vector of 8 lanes is two registers.
 }
 
-// Rows of w in one panel and the values of k that it holds at a time: 16 KiB of f32, half of a small L1 cache.
-inline constexpr int kPanelRows = 16;
-inline constexpr int kSlab = 256;  // A multiple of every group size and of every tile of k.
+// The panel: one packed tile's rows, and the values of k that it holds at a time. As f32 it is 16 KiB, half of a small
+// L1 cache. Sums are loaded and stored once a slab, which a longer slab does less often.
+inline constexpr int kPanelRows = 8;
+inline constexpr int kSlab = 512;  // A multiple of every group size and of every tile of k.
 
 }  // namespace int4mm::cpu

@@ -12,7 +12,7 @@
 namespace int4mm::cpu {
 namespace {
 
-constexpr int64_t kPackedBytesPerTask = 64 * 1024;  // Some ten microseconds' work: far more than taking a task costs.
+constexpr int64_t kProductsPerTask = 256 * 1024;  // Some ten microseconds' work: far more than taking a task costs.
 constexpr int64_t kMaxTokensPerPass = 128;          // Bounds the scratch; dequantising again costs a few per cent.
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -28,34 +28,29 @@ std::string TileName(const Plan& plan) {
          std::to_string(plan.block.tokens);
 }
 
-// m = 0 and kUnknownM are planned as one token is.
-Plan DirectPlan(const Problem& problem, Isa isa) {
+// As `direct` or `panel` works; m = 0 and kUnknownM are planned as one token is.
+Plan MakePlan(const Problem& problem, Isa isa, bool panel) {
   const int64_t tokens = std::max(problem.m, int64_t{1});
-  const int64_t bytes_per_tile = layout::kTileN * problem.k / 2;
   Plan plan;
   plan.isa = isa;
-  plan.block = DirectBlock(isa, static_cast<int>(tokens));
-  plan.rows_per_task = layout::kTileN * std::max(kPackedBytesPerTask / bytes_per_tile, int64_t{1});
-  plan.tokens_per_pass = tokens;
-  return plan;
-}
-
-Plan PanelPlan(const Problem& problem, Isa isa) {
-  const int64_t tokens = std::max(problem.m, int64_t{1});
-  const int64_t passes = CeilDiv(tokens, kMaxTokensPerPass);
-  Plan plan;
-  plan.isa = isa;
-  plan.panel = true;
-  plan.block = PanelBlock(isa);
-  plan.rows_per_task = kPanelRows;
-  plan.tokens_per_pass = CeilDiv(CeilDiv(tokens, passes), plan.block.tokens) * plan.block.tokens;
+  plan.panel = panel;
+  if (panel) {
+    const int64_t passes = CeilDiv(tokens, kMaxTokensPerPass);
+    plan.block = PanelBlock(isa);
+    plan.tokens_per_pass = CeilDiv(CeilDiv(tokens, passes), plan.block.tokens) * plan.block.tokens;
+  } else {
+    plan.block = DirectBlock(isa, static_cast<int>(tokens));
+    plan.tokens_per_pass = tokens;
+  }
+  const int64_t products_per_tile = layout::kTileN * problem.k * std::min(tokens, plan.tokens_per_pass);
+  plan.rows_per_task = layout::kTileN * std::max(kProductsPerTask / products_per_tile, int64_t{1});
   return plan;
 }
 
 // The plan whose name is `implementation`, "<isa>/<tile>".
 StatusOr<Plan> PlanTile(const Problem& problem, Isa isa, std::string_view implementation) {
-  std::vector<Plan> plans = {PanelPlan(problem, isa)};
-  if (problem.m <= kMaxDirectTokens) plans.push_back(DirectPlan(problem, isa));
+  std::vector<Plan> plans = {MakePlan(problem, isa, true)};
+  if (problem.m <= MaxDirectTokens(isa)) plans.push_back(MakePlan(problem, isa, false));
   std::string names;
   for (const Plan& plan : plans) {
     if (LaunchName(plan) == implementation) return plan;
@@ -112,7 +107,7 @@ StatusOr<Plan> MakePlan(const Problem& problem, const CpuFeatures& features, std
     isa = *named;
     if (name.size() < implementation.size()) return PlanTile(problem, isa, implementation);
   }
-  return problem.m > kMaxDirectTokens ? PanelPlan(problem, isa) : DirectPlan(problem, isa);
+  return MakePlan(problem, isa, problem.m > MaxDirectTokens(isa));
 }
 
 std::string LaunchName(const Plan& plan) { return std::string(IsaName(plan.isa)) + "/" + TileName(plan); }
@@ -129,10 +124,11 @@ Explanation Explain(const Problem& problem, const Plan& plan) {
   } else if (plan.panel) {
     reason << kPanelRows << " rows of w at a time are dequantised into cache and multiplied by up to "
            << plan.tokens_per_pass << " tokens, " << plan.block.rows << " rows by " << plan.block.tokens
-           << " tokens in registers; with " << kMaxDirectTokens << " tokens or fewer w would not be written";
+           << " tokens in registers; " << MaxDirectTokens(plan.isa) << " tokens or fewer would need no such copy";
   } else {
-    reason << "for " << kMaxDirectTokens << " tokens or fewer each weight goes from its group's table of 16 straight to "
-           << "the sums, which are " << plan.block.rows << " rows by " << plan.block.tokens << " tokens in registers";
+    reason << "for " << MaxDirectTokens(plan.isa) << " tokens or fewer each weight goes from its group's table of 16 "
+           << "straight to the sums, which are " << plan.block.rows << " rows by " << plan.block.tokens
+           << " tokens in registers";
   }
   e.reason = reason.str();
   return e;

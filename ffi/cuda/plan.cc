@@ -19,23 +19,26 @@ std::string TileName(const ampere::Config& c) {
   return std::to_string(c.TileN()) + "x" + std::to_string(c.tokens);
 }
 
-// Estimated time of a whole call in SM clocks: the busiest SM's share of tiles times the steps of k times the cost of
-// one step. The weights are rates of one SM, fitted to an H200; only ratios between tiles matter.
+// Estimated time of a whole call in SM clocks: the busiest SM's share of tiles times what one tile takes. The rates are
+// those of one SM, fitted to measurements of every tile on an H200 (docs/kernels/ampere.md); only ratios between tiles
+// matter.
 double EstimatedClocks(const Problem& p, const DeviceDescription& device, const ampere::Config& c) {
-  constexpr double kMacsPerClock = 600;            // mma.sync, bf16.
-  constexpr double kWeightsDequantisedPerClock = 48;
-  constexpr double kSharedFillBytesPerClock = 48;  // x through L2 into shared memory.
-  constexpr double kWarpsToHideLatency = 8;
+  constexpr double kMacsPerClock = 680;            // mma.sync
+  constexpr double kWeightsPerClock = 9.6;         // Loaded and dequantised.
+  constexpr double kActivationBytesPerClock = 24.5;  // From L2 into shared memory.
+  constexpr double kClocksPerPartialSum = 0.0035;  // Written, read back and added at the end of a tile.
+  constexpr double kWarpsToHideLatency = 9.3;
   const int64_t tiles = CeilDiv(p.m, c.tokens) * CeilDiv(p.n, c.TileN());
   const int64_t tiles_per_sm = CeilDiv(tiles, device.sm_count);
   const double steps = static_cast<double>(CeilDiv(p.k, ampere::kStepK));
   const double weights = static_cast<double>(c.TileN()) * ampere::kStepK;
-  const double arithmetic = weights * c.tokens / kMacsPerClock + weights / kWeightsDequantisedPerClock;
-  const double fill = static_cast<double>(c.tokens) * ampere::kStepK * 2 / kSharedFillBytesPerClock;
+  const double step = weights * c.tokens / kMacsPerClock + weights / kWeightsPerClock +
+                      static_cast<double>(c.tokens) * ampere::kStepK * 2 / kActivationBytesPerClock;
   const double resident_warps =
       static_cast<double>(std::min<int64_t>(tiles_per_sm, c.min_ctas)) * c.Threads() / 32;
-  const double exposed = std::max(1.0, kWarpsToHideLatency / resident_warps);
-  return static_cast<double>(tiles_per_sm) * steps * (arithmetic + fill) * std::sqrt(exposed);
+  const double exposed = std::pow(std::max(1.0, kWarpsToHideLatency / resident_warps), 1.5);
+  const double partial_sums = static_cast<double>(c.TileN()) * c.tokens * c.warps_k;
+  return static_cast<double>(tiles_per_sm) * (steps * step * exposed + partial_sums * kClocksPerPartialSum);
 }
 
 int ChooseConfig(const Problem& p, const DeviceDescription& device) {

@@ -42,8 +42,8 @@ def quantize(
 
     Raises:
       TypeError: w is no float array, or dtype is neither bfloat16 nor float16.
-      ValueError: w has fewer than two dimensions or an empty one, or group_size, method or inner_k_tiles is not one of
-        the above.
+      ValueError: w has fewer than two dimensions or an empty one, holds (where it is concrete) a value that is not
+        finite or too large for dtype, or group_size, method or inner_k_tiles is not one of the above.
     """
     w = as_array("quantize", "w", w)
     group_size = check_group_size("quantize", group_size)
@@ -59,6 +59,9 @@ def quantize(
         raise TypeError(f"quantize: dtype is {dtype}; it must be bfloat16 or float16, that of the activations.")
     if w.ndim < 2 or 0 in w.shape:
         raise ValueError(f"quantize: w has shape {list(w.shape)}; it must be [k, n], or stacked [..., k, n].")
+    if not isinstance(w, jax.core.Tracer):
+        w = jnp.asarray(w)
+        _check_range(w, dtype)
     one = functools.partial(
         _quantize_one, group_size=group_size, symmetric=bool(symmetric), dtype=dtype, inner_k_tiles=inner_k_tiles
     )
@@ -67,6 +70,16 @@ def quantize(
     packed, scales_and_zeros = one(w)
     k, n = w.shape[-2:]
     return Int4Weight(packed, scales_and_zeros, group_size=group_size, k=k, n=n)
+
+
+def _check_range(w: jax.Array, dtype: np.dtype) -> None:
+    largest = float(jnp.abs(w).max())
+    limit = float(jnp.finfo(dtype).max) / 2  # Half of it, so that no group's range overflows.
+    if not largest <= limit:
+        raise ValueError(
+            f"quantize: the largest |w| is {largest:.4g}; it must be a number of at most {limit:.4g} for scales in {dtype}. "
+            "Remove what is not finite from w; bfloat16 scales (dtype=jnp.bfloat16) represent what float16 does not."
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("group_size", "symmetric", "dtype", "inner_k_tiles"))

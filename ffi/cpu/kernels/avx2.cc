@@ -102,12 +102,11 @@ struct Avx2 {
   }
 
   template <DType dtype>
-  static void FastTable(float scale, float zero, float* table) {
-    for (int q = 0; q < 16; q += 8) {
-      const __m256 first = _mm256_set1_ps(static_cast<float>(q - 8));
-      const __m256 values = _mm256_add_ps(first, _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7));
-      _mm256_store_ps(table + q, Round<dtype>(_mm256_fmadd_ps(values, _mm256_set1_ps(scale), _mm256_set1_ps(zero))));
-    }
+  static Table MakeTable(float scale, float zero) {
+    const __m256 low = _mm256_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1);
+    const __m256 high = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
+    return {Round<dtype>(_mm256_fmadd_ps(low, _mm256_set1_ps(scale), _mm256_set1_ps(zero))),
+            Round<dtype>(_mm256_fmadd_ps(high, _mm256_set1_ps(scale), _mm256_set1_ps(zero)))};
   }
 };
 

@@ -77,18 +77,18 @@ struct Avx512 {
   }
 
   template <DType dtype>
-  static void FastTable(float scale, float zero, float* table) {
+  static Table MakeTable(float scale, float zero) {
     const __m512 q = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
     const __m512 sum = _mm512_fmadd_ps(q, _mm512_set1_ps(scale), _mm512_set1_ps(zero));
     if constexpr (dtype == DType::kFloat16) {
-      _mm512_store_ps(table, _mm512_cvtph_ps(_mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT)));
+      return _mm512_cvtph_ps(_mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT));
     } else {
       // A NaN here has its low half clear, as its bfloat16 origin had, so that the sum does not carry it away.
       const __m512i bits = _mm512_castps_si512(sum);
       const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
       const __m512i below = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
       const __m512i rounded = _mm512_mask_add_epi32(below, odd, bits, _mm512_set1_epi32(0x8000));
-      _mm512_store_si512(table, _mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+      return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
     }
   }
 };

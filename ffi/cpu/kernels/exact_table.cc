@@ -39,9 +39,9 @@ float NarrowToOdd(double value) {
 
 }  // namespace
 
-void ExactTable(DType dtype, uint16_t scale, uint16_t zero, float* table) {
-  const double s = Widen(dtype, scale);
-  const double z = Widen(dtype, zero);
+void ExactTable(DType dtype, float scale, float zero, float* table) {
+  const double s = scale;
+  const double z = zero;
   for (int q = 0; q < 16; ++q) {
     table[q] = Widen(dtype, Narrow(dtype, NarrowToOdd(AddToOdd((q - 8) * s, z))));
   }

@@ -20,10 +20,10 @@ struct MatmulArgs {
 struct Kernel {
   // Fills args.x for one token of 0 .. args.tokens-1.
   void (*order_activations)(const MatmulArgs& args, int64_t token);
-  // y for rows [row_begin, row_end), both multiples of 8, and at most kMaxDirectTokens tokens.
+  // y for rows [row_begin, row_end), both multiples of 8, and at most MaxDirectTokens tokens.
   void (*direct)(const MatmulArgs& args, int64_t row_begin, int64_t row_end);
-  // y for rows [row_begin, row_end), both multiples of 8 and at most kPanelRows apart, and any number of tokens.
-  // `scratch` holds PanelScratchFloats(...) floats, aligned to 64 bytes, contents undefined.
+  // y for rows [row_begin, row_end), both multiples of 8, and any number of tokens. `scratch` is aligned to 64 bytes and
+  // holds kPanelRows * (kSlab + args.tokens * lanes) floats, contents undefined.
   void (*panel)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
   int lanes;  // f32 values in one vector.
 };

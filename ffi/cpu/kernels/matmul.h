@@ -13,13 +13,14 @@
 //   Float Widen<dtype>(const uint16_t*); uint16_t Narrow<dtype>(float)
 //   unsigned LoadPairs<dtype>(const uint16_t* scales_and_zeros, float* scales, float* zeros): of four rows; a mask of
 //     those that need ExactTable
-//   void FastTable<dtype>(float scale, float zero, float* table)
+//   Table MakeTable<dtype>(float scale, float zero): of fma(q - 8, scale, zero) in f32, rounded to dtype
 //
 // Each y[m][n] is the sum over k, in the kernel's order, in the L lanes of one f32 vector, whose lanes are added at the
 // end; the blocking, the number of tokens and the number of threads do not change a bit of it.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/layout.h"
 #include "cpu/isa.h"
@@ -37,52 +38,55 @@ struct Matmul {
   static constexpr int kLanes = S::kLanes;
   static constexpr int kTileRows = static_cast<int>(layout::kTileN);
 
-  template <int kInnerKTiles, int kUnit>
-  using Order = UnitOrder<kLanes, kInnerKTiles, kUnit>;
-
   static int64_t SlabLength(int64_t k, int64_t slab_begin) { return k - slab_begin < kSlab ? k - slab_begin : kSlab; }
 
-  // The most groups of one slab.
-  template <class O>
-  static constexpr int kSlabGroups = kSlab / O::kUnit;
+  // The scales and zeros of kRows neighbouring rows in the groups of one slab.
+  template <class O, int kRows>
+  struct SlabPairs {
+    static constexpr int kGroups = kSlab / O::kUnit;
+    float scales[kGroups][kRows];
+    float zeros[kGroups][kRows];
+    unsigned suspects[kGroups];  // A mask of the rows for which S::MakeTable may be wrong.
 
-  // tables [length / group_size][kRows][16] of `kRows` neighbouring rows, beginning with row n, in one slab. Not inlined:
-  // its caller would keep its sums in memory around the rare call of ExactTable, everywhere.
-  template <DType dtype, int kRows>
-  [[gnu::noinline]] static void BuildTables(const MatmulArgs& args, int64_t n, int64_t slab, int64_t length,
-                                            float* tables) {
-    static_assert(kRows % 4 == 0);
-    const Problem& p = args.problem;
-    for (int64_t k = slab; k < slab + length; k += p.group_size, tables += 16 * kRows) {
-      const uint16_t* pairs = args.operands.scales_and_zeros + layout::ScaleIndex(k / p.group_size, n, p.n);
-      float scales[kRows];
-      float zeros[kRows];
-      unsigned suspects = 0;
-      for (int row = 0; row < kRows; row += 4) {
-        suspects |= S::template LoadPairs<dtype>(pairs + 2 * row, scales + row, zeros + row) << row;
-      }
-      // One row's pair is then broadcast from memory, which costs less than taking it out of the vector of four.
-      __asm__ volatile("" : : "r"(scales), "r"(zeros) : "memory");
-      for (int row = 0; row < kRows; ++row) S::template FastTable<dtype>(scales[row], zeros[row], tables + 16 * row);
-      for (int row = 0; suspects != 0; ++row, suspects >>= 1) {
-        if ((suspects & 1) != 0) ExactTable(dtype, pairs[2 * row], pairs[2 * row + 1], tables + 16 * row);
+    template <DType dtype>
+    void Load(const MatmulArgs& args, int64_t n, int64_t slab, int64_t length) {
+      static_assert(kRows % 4 == 0);
+      const Problem& p = args.problem;
+      const uint16_t* pairs = args.operands.scales_and_zeros + layout::ScaleIndex(slab / p.group_size, n, p.n);
+      for (int group = 0; group < length / p.group_size; ++group, pairs += 2 * p.n) {
+        suspects[group] = 0;
+        for (int row = 0; row < kRows; row += 4) {
+          suspects[group] |=
+              S::template LoadPairs<dtype>(pairs + 2 * row, scales[group] + row, zeros[group] + row) << row;
+        }
       }
     }
-  }
 
-  template <int kRows>
-  static auto TableBuilder(DType dtype) {
-    return dtype == DType::kBFloat16 ? &BuildTables<DType::kBFloat16, kRows> : &BuildTables<DType::kFloat16, kRows>;
-  }
+    // The tables of one group.
+    template <DType dtype>
+    void MakeTables(int group, Table* tables) const {
+      for (int row = 0; row < kRows; ++row) {
+        tables[row] = S::template MakeTable<dtype>(scales[group][row], zeros[group][row]);
+      }
+      if (__builtin_expect(suspects[group] != 0, 0)) {
+        ExactTables<dtype>(scales[group], zeros[group], suspects[group], tables);
+      }
+    }
+
+    template <DType dtype>
+    [[gnu::noinline]] static void ExactTables(const float* scale, const float* zero, unsigned mask, Table* tables) {
+      alignas(64) float table[16];
+      for (int row = 0; row < kRows; ++row) {
+        if ((mask >> row & 1) == 0) continue;
+        ExactTable(dtype, scale[row], zero[row], table);
+        tables[row] = S::LoadTable(table);
+      }
+    }
+  };
 
   template <class O>
-  static int64_t GroupInSlab(const Problem& p, int64_t k_in_slab) {
-    return O::kUnit == 128 && p.group_size == 256 ? 0 : k_in_slab / O::kUnit;
-  }
-
-  static uint16_t Narrow(DType dtype, float value) {
-    return dtype == DType::kBFloat16 ? S::template Narrow<DType::kBFloat16>(value)
-                                     : S::template Narrow<DType::kFloat16>(value);
+  static int GroupInSlab(const Problem& p, int64_t k_in_slab) {
+    return static_cast<int>(p.group_size == 256 ? k_in_slab / 256 : k_in_slab / O::kUnit);
   }
 
   // ---- Activations --------------------------------------------------------------------------------------------------
@@ -113,32 +117,31 @@ struct Matmul {
 
   // ---- Direct: few tokens; each weight goes from the table to the sums ----------------------------------------------
 
-  template <class O, int kTokens>
-  static void DirectTokens(const MatmulArgs& args, int64_t row_begin, int64_t row_end) {
+  // y of one tile's rows, beginning with row `tile`, and of kTokens tokens, beginning with `token`.
+  template <DType dtype, class O, int kTokens>
+  static void DirectTokens(const MatmulArgs& args, int64_t tile, int64_t token) {
     constexpr int kRows = DirectBlock(S::kIsa, kTokens).rows;
     const Problem& p = args.problem;
-    const auto build_tables = TableBuilder<kRows>(p.dtype);
-    alignas(64) float tables[kSlabGroups<O> * kRows * 16];
+    SlabPairs<O, kRows> pairs;
 
-    for (int64_t n = row_begin; n < row_end; n += kRows) {
-      const uint32_t* rows =
-          args.operands.packed + n / kTileRows * (p.k / O::kTileK) * O::kTileWords + n % kTileRows * O::kRowWords;
+    const uint32_t* tile_words = args.operands.packed + tile / kTileRows * (p.k / O::kTileK) * O::kTileWords;
+    for (int first_row = 0; first_row < kTileRows; first_row += kRows) {
+      const int64_t n = tile + first_row;
       Float sums[kRows][kTokens];
       for (auto& row : sums) {
         for (Float& sum : row) sum = S::Zero();
       }
       for (int64_t slab = 0; slab < p.k; slab += kSlab) {
         const int64_t length = SlabLength(p.k, slab);
-        build_tables(args, n, slab, length, tables);
-        const float* x = args.x + slab * kTokens;
+        pairs.template Load<dtype>(args, n, slab, length);
+        const float* x = args.x + slab * args.tokens + token * length;
         for (int64_t k = slab; k < slab + length; k += O::kUnit, x += O::kUnit) {
-          const float* unit_tables = tables + GroupInSlab<O>(p, k - slab) * kRows * 16;
-          const uint32_t* unit = rows + k / O::kTileK * O::kTileWords;
+          const uint32_t* unit = tile_words + k / O::kTileK * O::kTileWords + first_row * O::kRowWords;
           const int part = O::kWholeTiles ? 0 : static_cast<int>(k % O::kTileK / O::kUnit);
-          Table table[kRows];
+          Table tables[kRows];
+          pairs.template MakeTables<dtype>(GroupInSlab<O>(p, k - slab), tables);
           Words words[kRows][O::kWordVectors];
           for (int r = 0; r < kRows; ++r) {
-            table[r] = S::LoadTable(unit_tables + 16 * r);
             S::template LoadUnit<O>(unit + r * O::kRowWords, part, words[r]);
           }
           for (int v = 0; v < O::kWordVectors; ++v) {
@@ -148,7 +151,7 @@ struct Matmul {
                 activations[t] = S::Load(x + t * length + (v * O::kSteps + step) * kLanes);
               }
               for (int r = 0; r < kRows; ++r) {
-                const Float weights = S::Lookup(table[r], words[r][v]);
+                const Float weights = S::Lookup(tables[r], words[r][v]);
                 words[r][v] = S::NextNibble(words[r][v]);
                 for (int t = 0; t < kTokens; ++t) {
                   sums[r][t] = S::MultiplyAdd(weights, activations[t], sums[r][t]);
@@ -159,55 +162,53 @@ struct Matmul {
         }
       }
       for (int t = 0; t < kTokens; ++t) {
-        uint16_t* y = args.operands.y + (args.first_token + t) * p.n + n;
-        for (int r = 0; r < kRows; ++r) y[r] = Narrow(p.dtype, S::Sum(sums[r][t]));
+        uint16_t* y = args.operands.y + (args.first_token + token + t) * p.n + n;
+        for (int r = 0; r < kRows; ++r) y[r] = S::template Narrow<dtype>(S::Sum(sums[r][t]));
       }
     }
   }
 
-  template <class O>
+  template <DType dtype, class O>
   static void Direct(const MatmulArgs& args, int64_t row_begin, int64_t row_end) {
-    static_assert(kMaxDirectTokens == 4);
-    switch (args.tokens) {
-      case 1:
-        return DirectTokens<O, 1>(args, row_begin, row_end);
-      case 2:
-        return DirectTokens<O, 2>(args, row_begin, row_end);
-      case 3:
-        return DirectTokens<O, 3>(args, row_begin, row_end);
-      case 4:
-        return DirectTokens<O, 4>(args, row_begin, row_end);
-      default:
-        return;
+    const int64_t block = DirectBlock(S::kIsa, static_cast<int>(args.tokens)).tokens;
+    for (int64_t tile = row_begin; tile < row_end; tile += kTileRows) {
+      for (int64_t token = 0; token < args.tokens; token += block) {
+        const int64_t left = args.tokens - token;
+        DirectAtMost<dtype, O, DirectBlock(S::kIsa, MaxDirectTokens(S::kIsa)).tokens>(left < block ? left : block, args,
+                                                                                     tile, token);
+      }
     }
   }
 
-  // ---- Panel: many tokens; a slab of a few rows of w is written to scratch and used for all of them -----------------
+  template <DType dtype, class O, int kTokens>
+  static void DirectAtMost(int64_t tokens, const MatmulArgs& args, int64_t tile, int64_t token) {
+    if (tokens == kTokens) return DirectTokens<dtype, O, kTokens>(args, tile, token);
+    if constexpr (kTokens > 1) DirectAtMost<dtype, O, kTokens - 1>(tokens, args, tile, token);
+  }
 
-  // panel [rows][kSlab] = the weights of rows n .. n + rows - 1, k = slab .. slab + length - 1.
-  template <class O>
-  static void FillPanel(const MatmulArgs& args, int64_t n, int64_t rows, int64_t slab, int64_t length, float* panel) {
+  // ---- Panel: many tokens; a slab of one tile's rows is written to scratch and used for all of them -----------------
+
+  // panel [kPanelRows][kSlab] = the weights of one tile's rows, k = slab .. slab + length - 1.
+  template <DType dtype, class O>
+  static void FillPanel(const MatmulArgs& args, int64_t tile, int64_t slab, int64_t length, float* panel) {
+    static_assert(kPanelRows == kTileRows);
     const Problem& p = args.problem;
-    const auto build_tables = TableBuilder<kTileRows>(p.dtype);
-    alignas(64) float tables[kSlabGroups<O> * kTileRows * 16];
-
-    for (int64_t tile = n; tile < n + rows; tile += kTileRows) {
-      const uint32_t* tile_words = args.operands.packed + tile / kTileRows * (p.k / O::kTileK) * O::kTileWords;
-      build_tables(args, tile, slab, length, tables);
-      for (int64_t k = slab; k < slab + length; k += O::kUnit) {
-        const float* unit_tables = tables + GroupInSlab<O>(p, k - slab) * kTileRows * 16;
-        const uint32_t* unit = tile_words + k / O::kTileK * O::kTileWords;
-        const int part = O::kWholeTiles ? 0 : static_cast<int>(k % O::kTileK / O::kUnit);
-        for (int r = 0; r < kTileRows; ++r) {
-          float* out = panel + (tile - n + r) * kSlab + (k - slab);
-          const Table table = S::LoadTable(unit_tables + 16 * r);
-          Words words[O::kWordVectors];
-          S::template LoadUnit<O>(unit + r * O::kRowWords, part, words);
-          for (int v = 0; v < O::kWordVectors; ++v) {
-            for (int step = 0; step < O::kSteps; ++step, out += kLanes) {
-              S::Store(out, S::Lookup(table, words[v]));
-              words[v] = S::NextNibble(words[v]);
-            }
+    const uint32_t* tile_words = args.operands.packed + tile / kTileRows * (p.k / O::kTileK) * O::kTileWords;
+    SlabPairs<O, kPanelRows> pairs;
+    pairs.template Load<dtype>(args, tile, slab, length);
+    for (int64_t k = slab; k < slab + length; k += O::kUnit) {
+      Table tables[kPanelRows];
+      pairs.template MakeTables<dtype>(GroupInSlab<O>(p, k - slab), tables);
+      const uint32_t* unit = tile_words + k / O::kTileK * O::kTileWords;
+      const int part = O::kWholeTiles ? 0 : static_cast<int>(k % O::kTileK / O::kUnit);
+      for (int r = 0; r < kPanelRows; ++r) {
+        float* out = panel + r * kSlab + (k - slab);
+        Words words[O::kWordVectors];
+        S::template LoadUnit<O>(unit + r * O::kRowWords, part, words);
+        for (int v = 0; v < O::kWordVectors; ++v) {
+          for (int step = 0; step < O::kSteps; ++step, out += kLanes) {
+            S::Store(out, S::Lookup(tables[r], words[v]));
+            words[v] = S::NextNibble(words[v]);
           }
         }
       }
@@ -238,81 +239,88 @@ struct Matmul {
   }
 
   template <int kTokens>
-  static void MultiplyTokens(int64_t tokens, const float* panel, const float* x, int64_t length, bool first,
+  static void MultiplyAtMost(int64_t tokens, const float* panel, const float* x, int64_t length, bool first,
                              float* sums) {
     if (tokens == kTokens) return MultiplyBlock<kTokens>(panel, x, length, first, sums);
-    if constexpr (kTokens > 1) MultiplyTokens<kTokens - 1>(tokens, panel, x, length, first, sums);
+    if constexpr (kTokens > 1) MultiplyAtMost<kTokens - 1>(tokens, panel, x, length, first, sums);
   }
 
-  template <class O>
+  template <DType dtype, class O>
   static void Panel(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
+    for (int64_t tile = row_begin; tile < row_end; tile += kTileRows) PanelTile<dtype, O>(args, tile, scratch);
+  }
+
+  template <DType dtype, class O>
+  static void PanelTile(const MatmulArgs& args, int64_t tile, float* scratch) {
     constexpr RegisterBlock kBlock = PanelBlock(S::kIsa);
     const Problem& p = args.problem;
-    const int64_t rows = row_end - row_begin;
     float* panel = scratch;
-    float* sums = scratch + kPanelRows * kSlab;  // [rows / kBlock.rows][blocks of tokens][kBlock.rows][block's tokens]
+    float* sums = scratch + kPanelRows * kSlab;  // For each block of tokens: [kPanelRows][the block's tokens][kLanes].
+    const auto block_tokens = [&](int64_t token) {
+      return args.tokens - token < kBlock.tokens ? args.tokens - token : kBlock.tokens;
+    };
 
     for (int64_t slab = 0; slab < p.k; slab += kSlab) {
       const int64_t length = SlabLength(p.k, slab);
-      FillPanel<O>(args, row_begin, rows, slab, length, panel);
+      FillPanel<dtype, O>(args, tile, slab, length, panel);
       for (int64_t token = 0; token < args.tokens; token += kBlock.tokens) {
-        const int64_t left = args.tokens - token;
-        const int64_t block = left < kBlock.tokens ? left : kBlock.tokens;
+        const int64_t tokens = block_tokens(token);
         const float* x = args.x + slab * args.tokens + token * length;
-        for (int64_t r = 0; r < rows; r += kBlock.rows) {
-          float* block_sums = sums + (r * args.tokens + token * kBlock.rows) * kLanes;
-          MultiplyTokens<kBlock.tokens>(block, panel + r * kSlab, x, length, slab == 0, block_sums);
+        for (int r = 0; r < kPanelRows; r += kBlock.rows) {
+          MultiplyAtMost<kBlock.tokens>(tokens, panel + r * kSlab, x, length, slab == 0,
+                                        sums + (token * kPanelRows + r * tokens) * kLanes);
         }
       }
     }
 
-    for (int64_t token = 0; token < args.tokens; ++token) {
-      const int64_t first = token / kBlock.tokens * kBlock.tokens;  // Of the token's block.
-      const int64_t left = args.tokens - first;
-      const int64_t block = left < kBlock.tokens ? left : kBlock.tokens;
-      uint16_t* y = args.operands.y + (args.first_token + token) * p.n + row_begin;
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t block_row = r / kBlock.rows * kBlock.rows;
-        const float* block_sums = sums + (block_row * args.tokens + first * kBlock.rows) * kLanes;
-        y[r] = Narrow(p.dtype,
-                      S::Sum(S::Load(block_sums + ((r % kBlock.rows) * block + token - first) * kLanes)));
+    for (int64_t token = 0; token < args.tokens; token += kBlock.tokens) {
+      const int64_t tokens = block_tokens(token);
+      for (int64_t t = 0; t < tokens; ++t) {
+        uint16_t* y = args.operands.y + (args.first_token + token + t) * p.n + tile;
+        for (int r = 0; r < kPanelRows; ++r) {
+          const Float sum = S::Load(sums + (token * kPanelRows + r * tokens + t) * kLanes);
+          y[r] = S::template Narrow<dtype>(S::Sum(sum));
+        }
       }
     }
   }
 
   // ---- The choice of the template -----------------------------------------------------------------------------------
 
-  template <int kInnerKTiles, class F>
-  static void WithUnit(const Problem& p, F&& f) {
-    if (p.group_size == 32) return f(Order<kInnerKTiles, 32>());
-    if (p.group_size == 64) return f(Order<kInnerKTiles, 64>());
-    f(Order<kInnerKTiles, 128>());
+  // f(dtype, order), both as types.
+  template <class F>
+  static void Dispatch(const Problem& p, F&& f) {
+    if (p.dtype == DType::kBFloat16) return WithInnerKTiles<DType::kBFloat16>(p, f);
+    WithInnerKTiles<DType::kFloat16>(p, f);
   }
 
-  template <class F>
-  static void WithOrder(const Problem& p, F&& f) {
-    if (p.inner_k_tiles == 2) return WithUnit<2>(p, f);
-    if (p.inner_k_tiles == 4) return WithUnit<4>(p, f);
-    WithUnit<8>(p, f);
+  template <DType dtype, class F>
+  static void WithInnerKTiles(const Problem& p, F&& f) {
+    if (p.inner_k_tiles == 2) return WithUnit<dtype, 2>(p, f);
+    if (p.inner_k_tiles == 4) return WithUnit<dtype, 4>(p, f);
+    WithUnit<dtype, 8>(p, f);
+  }
+
+  template <DType dtype, int kInnerKTiles, class F>
+  static void WithUnit(const Problem& p, F&& f) {
+    const std::integral_constant<DType, dtype> type;
+    if (p.group_size == 32) return f(type, UnitOrder<kLanes, kInnerKTiles, 32>());
+    if (p.group_size == 64) return f(type, UnitOrder<kLanes, kInnerKTiles, 64>());
+    f(type, UnitOrder<kLanes, kInnerKTiles, 128>());
   }
 
   static constexpr Kernel MakeKernel() {
     Kernel kernel{};
     kernel.order_activations = [](const MatmulArgs& args, int64_t token) {
-      WithOrder(args.problem, [&](auto order) {
-        using O = decltype(order);
-        if (args.problem.dtype == DType::kBFloat16) {
-          OrderActivations<DType::kBFloat16, O>(args, token);
-        } else {
-          OrderActivations<DType::kFloat16, O>(args, token);
-        }
-      });
+      Dispatch(args.problem, [&](auto dtype, auto order) { OrderActivations<dtype(), decltype(order)>(args, token); });
     };
     kernel.direct = [](const MatmulArgs& args, int64_t row_begin, int64_t row_end) {
-      WithOrder(args.problem, [&](auto order) { Direct<decltype(order)>(args, row_begin, row_end); });
+      Dispatch(args.problem,
+               [&](auto dtype, auto order) { Direct<dtype(), decltype(order)>(args, row_begin, row_end); });
     };
     kernel.panel = [](const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
-      WithOrder(args.problem, [&](auto order) { Panel<decltype(order)>(args, row_begin, row_end, scratch); });
+      Dispatch(args.problem,
+               [&](auto dtype, auto order) { Panel<dtype(), decltype(order)>(args, row_begin, row_end, scratch); });
     };
     kernel.lanes = kLanes;
     return kernel;

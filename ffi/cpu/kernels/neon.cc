@@ -101,12 +101,14 @@ struct Neon {
   }
 
   template <DType dtype>
-  static void FastTable(float scale, float zero, float* table) {
+  static Table MakeTable(float scale, float zero) {
     const float32x4_t first = {-8, -7, -6, -5};
+    float table[16];
     for (int i = 0; i < 16; i += 4) {
       const Float q = vaddq_f32(first, vdupq_n_f32(static_cast<float>(i)));
       vst1q_f32(table + i, Round<dtype>(vfmaq_n_f32(vdupq_n_f32(zero), q, scale)));
     }
+    return LoadTable(table);
   }
 };
 

@@ -16,7 +16,9 @@ struct Scalar {
   struct Words {
     uint32_t lane[kLanes];
   };
-  using Table = const float*;
+  struct Table {
+    float weight[16];
+  };
 
   static Float Zero() { return {}; }
   static Float Load(const float* p) {
@@ -34,10 +36,14 @@ struct Scalar {
     return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
   }
 
-  static Table LoadTable(const float* table) { return table; }
-  static Float Lookup(Table table, const Words& words) {
+  static Table LoadTable(const float* weights) {
+    Table table;
+    std::memcpy(&table, weights, sizeof(table));
+    return table;
+  }
+  static Float Lookup(const Table& table, const Words& words) {
     Float v;
-    for (int i = 0; i < kLanes; ++i) v.lane[i] = table[words.lane[i] & 15];
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = table.weight[words.lane[i] & 15];
     return v;
   }
   static Words NextNibble(Words words) {
@@ -86,10 +92,12 @@ struct Scalar {
   }
 
   template <DType dtype>
-  static void FastTable(float scale, float zero, float* table) {
+  static Table MakeTable(float scale, float zero) {
+    Table table;
     for (int q = 0; q < 16; ++q) {
-      table[q] = int4mm::Widen(dtype, int4mm::Narrow(dtype, static_cast<float>(q - 8) * scale + zero));
+      table.weight[q] = int4mm::Widen(dtype, int4mm::Narrow(dtype, static_cast<float>(q - 8) * scale + zero));
     }
+    return table;
   }
 };
 

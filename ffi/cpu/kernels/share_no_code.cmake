@@ -4,7 +4,7 @@
 foreach(object IN LISTS OBJECTS)
   if(object MATCHES "/(avx2|avx512)\\.")
     execute_process(COMMAND ${NM} --demangle --defined-only ${object} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
-    string(REGEX MATCHALL "[^\n]* [WVu] [^\n]*" shared "${symbols}")
+    string(REGEX MATCHALL "[^\n]* W [^\n]*" shared "${symbols}")
     if(shared)
       list(JOIN shared "\n" shared)
       message(SEND_ERROR "${object} emits code that the linker may share with other files; make it static, always "

@@ -35,15 +35,14 @@ struct Config {
 };
 
 // Every tile fits the 99 KB of shared memory that sm_86, sm_89 and sm_120 give a CTA.
-inline constexpr std::array<Config, 8> kConfigs = {{
+inline constexpr std::array<Config, 7> kConfigs = {{
     {8, 1, 1, 8, 4, 4, 2},   // decode: 16 rows of w x 8 tokens
     {8, 2, 1, 4, 4, 2, 4},   // decode: 32 x 8
     {16, 1, 1, 8, 2, 4, 2},  // decode: 16 x 16
-    {16, 2, 1, 8, 2, 2, 2},  // decode: 32 x 16
     {32, 1, 2, 4, 2, 2, 2},  // 32 x 32
     {64, 1, 2, 2, 2, 2, 3},  // 32 x 64
-    {64, 2, 4, 2, 2, 2, 1},  // 128 x 64
-    {96, 2, 4, 1, 3, 2, 2},  // prefill: 128 x 96
+    {64, 2, 4, 2, 2, 1, 1},  // 128 x 64
+    {128, 2, 4, 1, 2, 2, 2},  // prefill: 128 x 128
 }};
 
 }  // namespace int4mm::cuda::ampere

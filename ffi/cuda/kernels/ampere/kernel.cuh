@@ -125,6 +125,15 @@ struct Words {
 
   uint32_t word[kTilesN][4];
 
+  // The words of an n-tile in turn; register indices stay constant in a loop that is not unrolled.
+  __device__ __forceinline__ uint32_t TakeFirst(int tile) {
+    const uint32_t first = word[tile][0];
+    word[tile][0] = word[tile][1];
+    word[tile][1] = word[tile][2];
+    word[tile][2] = word[tile][3];
+    return first;
+  }
+
   __device__ __forceinline__ void Load(const Arguments& args, const Position<kConfig>& at, int step) {
     if (args.inner_k_tiles == 8) {
 #pragma unroll
@@ -155,12 +164,18 @@ struct Words {
 template <typename Float, int kConfig>
 __device__ __forceinline__ void MultiplyStep(
     float (&sums)[kConfigs[kConfig].pairs][kConfigs[kConfig].tokens / 8][4], const Arguments& args,
-    const Position<kConfig>& at, uint32_t stage, const Words<kConfig>& words) {
+    const Position<kConfig>& at, uint32_t stage, Words<kConfig> words) {
   constexpr Config kTile = kConfigs[kConfig];
   const uint32_t scales = stage + kTile.tokens * 2 * kStepK + (at.warp_row + at.lane / 4) * 4;
   const int group_mask = (1 << args.group_shift) - 1;
+  // The tensor cores add with truncation, an error of one sign that grows with the length of the sum. So they sum short
+  // stretches of k from zero, which are then added to the sums in rounded f32: the whole step where there are registers
+  // for it, else 32 values of k.
+  constexpr int kWordsPerStretch = kTile.pairs * kTile.tokens <= 16 ? kStepK / 32 : 1;
+  float stretch[kTile.pairs][kTile.tokens / 8][4];
   ScaleAndZero groups[kTile.pairs][2];
-#pragma unroll
+  // Wide tiles stay a loop: unrolled, the compiler would hold more fragments than there are registers.
+#pragma unroll kWordsPerStretch
   for (int j = 0; j < kStepK / 32; ++j) {
     if (j == 0 || (j & group_mask) == 0) {
       const uint32_t group = scales + (j >> args.group_shift) * kTile.TileN() * 4;
@@ -176,7 +191,7 @@ __device__ __forceinline__ void MultiplyStep(
     for (int p = 0; p < kTile.pairs; ++p) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t word = words.word[2 * p + half][j];
+        const uint32_t word = words.TakeFirst(2 * p + half);
         a[p][0][half] = DequantizePair<Float, 0>(word, groups[p][half]);
         a[p][0][2 + half] = DequantizePair<Float, 1>(word, groups[p][half]);
         a[p][1][half] = DequantizePair<Float, 2>(word, groups[p][half]);
@@ -192,8 +207,14 @@ __device__ __forceinline__ void MultiplyStep(
       ptx::LoadMatrixX4(b, b_row + t * 8 * 2 * kStepK);
 #pragma unroll
       for (int p = 0; p < kTile.pairs; ++p) {
-        ptx::MmaM16N8K16<Float>(sums[p][t], a[p][0], b[0], b[1]);
-        ptx::MmaM16N8K16<Float>(sums[p][t], a[p][1], b[2], b[3]);
+        float(&part)[4] = stretch[p][t];
+        if (j % kWordsPerStretch == 0) part[0] = part[1] = part[2] = part[3] = 0.0f;
+        ptx::MmaM16N8K16<Float>(part, a[p][0], b[0], b[1]);
+        ptx::MmaM16N8K16<Float>(part, a[p][1], b[2], b[3]);
+        if ((j + 1) % kWordsPerStretch == 0) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[p][t][i] += part[i];
+        }
       }
     }
   }

@@ -1,0 +1,177 @@
+"""int4pack_mm under JAX's transformations, and what it lowers to on each platform."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import acceptance
+import cases
+import jax_int4mm as i4
+from jax_int4mm.ops import _ffi
+from kernels import Kernel
+
+CUSTOM_CALL = f"custom_call @{_ffi.TARGET}("
+
+Operands = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@pytest.fixture
+def weight(rng: np.random.Generator) -> cases.Weight:
+    return cases.random_weight(rng, 40, 256, 64, 4)
+
+
+@pytest.fixture
+def operands(weight: cases.Weight, rng: np.random.Generator) -> Operands:
+    return cases.random_x(rng, (9, weight.k)), weight.packed, weight.scales_and_zeros
+
+
+def op(x: jax.Array, packed: jax.Array, scales_and_zeros: jax.Array, implementation: str | None = None) -> jax.Array:
+    return i4.int4pack_mm(x, packed, scales_and_zeros, 64, implementation)
+
+
+def bits(y: jax.Array) -> bytes:
+    return np.asarray(y).tobytes()
+
+
+def calls_in(jaxpr: jax.extend.core.ClosedJaxpr) -> int:
+    return str(jaxpr).count(" int4pack_mm[")
+
+
+def lowered_for(platform: str, *operands: np.ndarray, implementation: str | None = None) -> str:
+    f = functools.partial(op, implementation=implementation)
+    return jax.jit(f).trace(*operands).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_jit_gives_the_bits_of_the_eager_call(chosen: Kernel, operands: Operands) -> None:
+    eager = op(*operands)
+    assert eager.devices() == {chosen.device}
+    assert bits(jax.jit(op)(*operands)) == bits(eager)
+    with jax.disable_jit():
+        assert bits(op(*operands)) == bits(eager)
+
+
+def test_it_is_one_primitive_in_a_jaxpr(operands: Operands) -> None:
+    assert calls_in(jax.make_jaxpr(op)(*operands)) == 1
+
+
+def test_shapes_and_dtypes_come_without_a_device() -> None:
+    x = jax.ShapeDtypeStruct((2, 3, 256), jnp.float16)
+    packed = jax.ShapeDtypeStruct((5, 4, 32, 2), jnp.int32)
+    scales_and_zeros = jax.ShapeDtypeStruct((4, 40, 2), jnp.float16)
+    y = jax.eval_shape(op, x, packed, scales_and_zeros)
+    assert (y.shape, y.dtype) == ((2, 3, 40), jnp.float16)
+
+
+def test_the_result_of_weakly_typed_operands_is_not_weakly_typed(operands: Operands) -> None:
+    weak = [jax.ShapeDtypeStruct(o.shape, o.dtype, weak_type=True) for o in operands]
+    assert jax.make_jaxpr(op)(*weak).in_avals[0].weak_type
+    assert not jax.eval_shape(op, *weak).weak_type
+
+
+def test_vmap_over_x_is_one_call_with_more_rows(chosen: Kernel, weight: cases.Weight, rng: np.random.Generator) -> None:
+    x = cases.random_x(rng, (3, 5, weight.k))
+    dense = weight.packed, weight.scales_and_zeros
+    batched = jax.vmap(op, in_axes=(0, None, None))
+    nested = jax.vmap(batched, in_axes=(0, None, None))
+    for f, argument in [(batched, x), (nested, x[None])]:
+        jaxpr = jax.make_jaxpr(f)(argument, *dense)
+        assert calls_in(jaxpr) == 1
+        assert "scan[" not in str(jaxpr)
+    assert bits(batched(x, *dense)) == bits(op(x, *dense))
+    inner = jax.vmap(op, in_axes=(1, None, None), out_axes=1)
+    assert bits(inner(x, *dense)) == bits(op(x, *dense))
+
+
+@pytest.mark.parametrize("in_axes", [(0, 0, 0), (None, 0, 0), (1, 0, 0), (0, None, 0)], ids=str)
+def test_vmap_over_weights_takes_each_in_turn(
+    chosen: Kernel, in_axes: tuple[int | None, ...], rng: np.random.Generator
+) -> None:
+    weights = [cases.random_weight(rng, 40, 256, 64, 4) for _ in range(3)]
+    stacked = (
+        cases.random_x(rng, (3, 3, 256)),
+        np.stack([w.packed for w in weights]),
+        np.stack([w.scales_and_zeros for w in weights]),
+    )
+    arguments = [a[0] if axis is None else a for a, axis in zip(stacked, in_axes, strict=True)]
+    each = [
+        op(*(a if axis is None else np.take(a, i, axis) for a, axis in zip(arguments, in_axes, strict=True)))
+        for i in range(3)
+    ]
+    assert bits(jax.vmap(op, in_axes=in_axes)(*arguments)) == b"".join(map(bits, each))
+
+
+def test_a_program_exported_with_symbolic_m_serves_every_m(
+    chosen: Kernel, weight: cases.Weight, rng: np.random.Generator
+) -> None:
+    (m,) = jax.export.symbolic_shape("m")
+    exported = jax.export.export(
+        jax.jit(op),
+        platforms=[chosen.platform],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(_ffi.TARGET)],
+    )(jax.ShapeDtypeStruct((m, weight.k), weight.dtype), weight.packed, weight.scales_and_zeros)
+    for rows in (1, 9, 65, 300):
+        x = cases.random_x(rng, (rows, weight.k))
+        y = np.asarray(exported.call(x, weight.packed, weight.scales_and_zeros))
+        acceptance.check([y], [x], weight.rounded, chosen.device)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_it_lowers_to_one_custom_call_on_any_machine(platform: str, operands: Operands) -> None:
+    assert lowered_for(platform, *operands).count(CUSTOM_CALL) == 1
+
+
+@pytest.mark.parametrize("platform", ["rocm", "tpu"])
+def test_it_lowers_to_plain_jnp_where_no_kernel_of_ours_is(platform: str, operands: Operands) -> None:
+    text = lowered_for(platform, *operands)
+    assert "custom_call" not in text
+    assert "dot_general" in text
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_the_reference_needs_no_custom_call_anywhere(platform: str, operands: Operands) -> None:
+    assert "custom_call" not in lowered_for(platform, *operands, implementation="reference")
+
+
+@pytest.mark.parametrize(
+    ("platform", "implementation"), [("cuda", "scalar"), ("cpu", "ampere"), ("tpu", "ampere"), ("cpu", "nonesuch")]
+)
+def test_an_implementation_of_another_platform_is_an_error(
+    platform: str, implementation: str, operands: Operands
+) -> None:
+    with pytest.raises(ValueError, match=f'int4pack_mm: implementation "{implementation}".*None'):
+        lowered_for(platform, *operands, implementation=implementation)
+
+
+def test_the_environment_names_the_default_implementation(
+    monkeypatch: pytest.MonkeyPatch, operands: Operands
+) -> None:
+    monkeypatch.setenv("JAX_INT4MM_IMPLEMENTATION", "reference")
+    assert "custom_call" not in lowered_for("cpu", *operands)
+    monkeypatch.setenv("JAX_INT4MM_IMPLEMENTATION", "nonesuch")
+    assert CUSTOM_CALL in lowered_for("cpu", *operands, implementation="scalar")
+    with pytest.raises(ValueError, match="nonesuch"):
+        lowered_for("cpu", *operands)
+
+
+@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_it_runs_inside_shard_map(chosen: Kernel, axis_type: jax.sharding.AxisType, operands: Operands) -> None:
+    mesh = Mesh(np.array([chosen.device]), ("data",), axis_types=(axis_type,))
+    mapped = jax.jit(jax.shard_map(op, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P("data")))
+    x = jax.device_put(operands[0], NamedSharding(mesh, P("data")))
+    assert bits(mapped(x, *operands[1:])) == bits(op(*operands))
+
+
+def test_x_may_be_donated(chosen: Kernel, rng: np.random.Generator) -> None:
+    weight = cases.random_weight(rng, 256, 256, 64, 4)
+    x = jnp.asarray(cases.random_x(rng, (9, weight.k)))
+    expected = bits(op(x, weight.packed, weight.scales_and_zeros))
+    donating = jax.jit(op, donate_argnums=0)
+    assert bits(donating(x, weight.packed, weight.scales_and_zeros)) == expected
+    assert x.is_deleted()

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_int4mm.layout import TILE_N, as_array, tile_k, unpacked_shape
 from jax_int4mm.ops.dequantize import dequantize_rows
-from jax_int4mm.ops.int4pack_mm import int4pack_mm
+from jax_int4mm.ops.int4pack_mm import int4pack_mm, resolve_implementation
 from jax_int4mm.ops.validation import ACTIVATION_DTYPES, check_group_size, check_weight
 
 
@@ -165,7 +165,7 @@ def matmul(x: ArrayLike, w4: Int4Weight, *, implementation: str | None = None) -
         raise ValueError(
             f"x @ Int4Weight: x has shape {list(x.shape)}; against {list(w4.shape)} it must be [..., {w4.k}]."
         )
-    return _matmul(x, w4, implementation=implementation)
+    return _matmul(x, w4, implementation=resolve_implementation(implementation))
 
 
 @functools.partial(jax.jit, static_argnames="implementation")

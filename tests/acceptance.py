@@ -73,8 +73,8 @@ def _check_each(y: np.ndarray, exact: np.ndarray, bound: np.ndarray) -> None:
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         raise AssertionError(
-            f"{np.count_nonzero(wrong)} of {y.size} outputs are out of bounds, the first, in row {row} of all and column "
-            f"{column}, is {y[row, column]}: it must be {exact[row, column]} within {bound[row, column]}"
+            f"{np.count_nonzero(wrong)} of {y.size} outputs are out of bounds, the first in row {row} of all and "
+            f"column {column}: it is {y[row, column]} and must be {exact[row, column]} within {bound[row, column]}"
         )
 
 
@@ -88,8 +88,8 @@ def _check_how_many_differ(y: np.ndarray, exact: np.ndarray, k: int, plain: Plai
     differ = np.count_nonzero(y != oracle.round_once(exact, y.dtype))
     allowed = max(int(share * y.size), _rarely_exceeded(y.size, max(share / 3, 0.001)))
     assert differ <= allowed, (
-        f"{differ} of {y.size} outputs ({differ / y.size:.2%}) are not the float64 product rounded once, and the order of "
-        f"summation explains {allowed}: the weight is not the one that the kernel states"
+        f"{differ} of {y.size} outputs ({differ / y.size:.2%}) are not the float64 product rounded once, and another "
+        f"order of summation explains {allowed}: the weight is not the one that the kernel states"
     )
 
 

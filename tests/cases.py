@@ -74,7 +74,7 @@ class Golden:
 
 
 def golden_names() -> list[str]:
-    """ "<file>/<case>" of every golden case."""
+    """The name, <file>/<case>, of every golden case."""
     names = []
     for path in sorted(GOLDEN_FOLDER.glob("*.npz")):
         with np.load(path) as file:

@@ -47,9 +47,7 @@ class Kernel:
         """x @ w^T for each x, all in one program, run as :func:`run_twice_on_poison` does."""
 
         def program(xs: Sequence[jax.Array], packed: jax.Array, scales_and_zeros: jax.Array) -> list[jax.Array]:
-            return [
-                i4.int4pack_mm(x, packed, scales_and_zeros, weight.group_size, self.implementation) for x in xs
-            ]
+            return [i4.int4pack_mm(x, packed, scales_and_zeros, weight.group_size, self.implementation) for x in xs]
 
         return run_twice_on_poison(program, list(xs), weight.packed, weight.scales_and_zeros, device=self.device)
 

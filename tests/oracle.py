@@ -1,6 +1,6 @@
 """The op in plain numpy and float64: what every implementation is measured against.
 
-Written from the specification of the format and its arithmetic, and independent of the package: nothing here imports it.
+Written from the specification of the format and its arithmetic; nothing here imports the package.
 """
 
 from __future__ import annotations

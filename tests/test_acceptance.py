@@ -119,7 +119,7 @@ def test_a_weight_rounded_twice_fails_on_few_outputs_too(weight: cases.Weight, x
 def test_one_wrong_output_fails(weight: cases.Weight, x: np.ndarray, value: float) -> None:
     y = multiply(x, weight.rounded)
     y[64, 63] = value
-    with pytest.raises(AssertionError, match="1 of 4160 .* row 64 of all and column 63"):
+    with pytest.raises(AssertionError, match=r"1 of 4160 .* row 64 of all and column 63"):
         check(y, x, weight)
 
 

@@ -75,17 +75,21 @@ def test_a_concrete_value_outside_0_to_15_is_refused(where: Any, value: int) -> 
         i4.pack_int4(where(q))
 
 
+def zeros(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.uint8)
+
+
 @pytest.mark.parametrize(
     ("q", "inner_k_tiles", "error", "message"),
     [
         (np.zeros((8, 128), np.float32), 8, TypeError, r"q has dtype float32; .*quantize\(w\)"),
         ([[0] * 128] * 8, 8, TypeError, "q is a list; it must be a jax or numpy array"),
-        (np.zeros((2, 8, 128), np.uint8), 8, ValueError, r"q has shape \[2, 8, 128\].*jax.vmap"),
-        (np.zeros((12, 128), np.uint8), 8, ValueError, "the weight is n = 12, k = 128; n must be a positive multiple of 8.*Pad"),
-        (np.zeros((8, 64), np.uint8), 8, ValueError, r"the weight is n = 8, k = 64; .*16 \* inner_k_tiles = 128.*Pad"),
-        (np.zeros((0, 128), np.uint8), 8, ValueError, "the weight is n = 0, k = 128; n must be a positive multiple of 8"),
-        (np.zeros((8, 128), np.uint8), 3, ValueError, "inner_k_tiles is 3; it must be 2, 4 or 8"),
-        (np.zeros((8, 128), np.uint8), 16, ValueError, "inner_k_tiles is 16; it must be 2, 4 or 8"),
+        (zeros(2, 8, 128), 8, ValueError, r"q has shape \[2, 8, 128\].*jax.vmap"),
+        (zeros(12, 128), 8, ValueError, "the weight is n = 12, k = 128; n must be a positive multiple of 8.*Pad"),
+        (zeros(8, 64), 8, ValueError, r"the weight is n = 8, k = 64; .*16 \* inner_k_tiles = 128.*Pad"),
+        (zeros(0, 128), 8, ValueError, "the weight is n = 0, k = 128; n must be a positive multiple of 8"),
+        (zeros(8, 128), 3, ValueError, "inner_k_tiles is 3; it must be 2, 4 or 8"),
+        (zeros(8, 128), 16, ValueError, "inner_k_tiles is 16; it must be 2, 4 or 8"),
     ],
 )
 def test_pack_int4_refuses(q: Any, inner_k_tiles: int, error: type[Exception], message: str) -> None:
@@ -97,8 +101,12 @@ def test_pack_int4_refuses(q: Any, inner_k_tiles: int, error: type[Exception], m
     ("b", "error", "message"),
     [
         (np.zeros((8, 64), np.int32), TypeError, "pack_int4_bytes: b has dtype int32; it must be uint8"),
-        (np.zeros(64, np.uint8), ValueError, r"pack_int4_bytes: b has shape \[64\]; it must be \[n, k/2\]"),
-        (np.zeros((12, 64), np.uint8), ValueError, "pack_int4_bytes: the weight is n = 12, k = 128; n must be a positive multiple"),
+        (zeros(64), ValueError, r"pack_int4_bytes: b has shape \[64\]; it must be \[n, k/2\]"),
+        (
+            zeros(12, 64),
+            ValueError,
+            "pack_int4_bytes: the weight is n = 12, k = 128; n must be a positive multiple of 8",
+        ),
     ],
 )
 def test_pack_int4_bytes_refuses(b: Any, error: type[Exception], message: str) -> None:

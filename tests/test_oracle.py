@@ -54,9 +54,7 @@ def test_the_weight_is_rounded_once_however_small_the_zero(dtype: np.dtype, rng:
 def test_the_oracle_packs_and_dequantizes_as_pytorch_does(name: str) -> None:
     golden = cases.golden(name)
     np.testing.assert_array_equal(golden.weight.packed, golden.packed)
-    np.testing.assert_array_equal(
-        golden.weight.rounded.T.astype(np.float32), golden.dequantized_kn.astype(np.float32)
-    )
+    np.testing.assert_array_equal(golden.weight.rounded.T.astype(np.float32), golden.dequantized_kn.astype(np.float32))
 
 
 @pytest.mark.parametrize("name", cases.golden_names())

@@ -192,10 +192,8 @@ def test_a_wrong_x_is_refused(
     x: Any, error: type[Exception], message: str, traced: bool, rng: np.random.Generator
 ) -> None:
     w4 = quantized(rng, 200, 30)
-    if traced and isinstance(x, list):
-        pytest.skip("a list is a pytree of numbers to jit")
     with pytest.raises(error, match=f"^x @ Int4Weight: {message}"):
-        jax.jit(lambda x: x @ w4)(x) if traced else x @ w4
+        jax.jit(lambda: x @ w4)() if traced else x @ w4
 
 
 def test_a_stacked_weight_is_refused_by_the_product(rng: np.random.Generator) -> None:
@@ -205,8 +203,10 @@ def test_a_stacked_weight_is_refused_by_the_product(rng: np.random.Generator) ->
 
 
 def test_the_weight_on_the_left_is_refused(rng: np.random.Generator) -> None:
-    with pytest.raises(TypeError, match="unsupported operand"):
-        quantized(rng, 128, 16) @ np.ones((16, 3), jnp.bfloat16)
+    w4 = quantized(rng, 128, 16)
+    for right in (np.ones((16, 3), jnp.bfloat16), jnp.ones((16, 3), jnp.bfloat16)):
+        with pytest.raises(TypeError, match="Int4Weight"):
+            w4 @ right
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_the_weight_on_the_left_is_refused(rng: np.random.Generator) -> None:
         ({"n": 40}, ValueError, "k = 200 and n = 40 do not fit packed"),
         ({"packed": np.zeros((4, 2, 32), np.int32)}, ValueError, r"packed has shape \[4, 2, 32\] .*\*stacked"),
         ({"packed": np.zeros((4, 2, 32, 4), np.int64)}, TypeError, r"packed has dtype int64; .*pack_int4\(q\)"),
-        ({"packed": np.zeros((3, 4, 2, 32, 4), np.int32)}, ValueError, "with the same stacked dimensions"),
+        ({"packed": np.zeros((3, 4, 2, 32, 4), np.int32)}, ValueError, ".*the same stacked dimensions"),
         ({"scales_and_zeros": np.zeros((2, 32, 2), np.float32)}, TypeError, "scales_and_zeros has dtype float32"),
         ({"perm": np.zeros(256, np.int32)}, ValueError, r"perm is int32\[256\]; it must be int32\[200\]"),
         ({"perm": np.zeros(200, np.int64)}, ValueError, r"perm is int64\[200\]; it must be int32\[200\]"),

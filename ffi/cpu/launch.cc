@@ -12,9 +12,10 @@ namespace {
 
 constexpr int64_t kActivationsPerTask = 32 * 1024;
 constexpr int64_t kCacheLine = 64;
-constexpr int64_t kFloatsPerLine = kCacheLine / static_cast<int64_t>(sizeof(float));
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t WholeLines(int64_t bytes) { return CeilDiv(bytes, kCacheLine) * kCacheLine; }
 
 const Kernel& KernelOf(Isa isa) {
   switch (isa) {
@@ -35,13 +36,6 @@ const Kernel& KernelOf(Isa isa) {
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
-using FloatBuffer = std::unique_ptr<float, Free>;
-
-FloatBuffer AllocateLines(int64_t floats) {
-  const int64_t lines = CeilDiv(std::max(floats, int64_t{1}), kFloatsPerLine);
-  return FloatBuffer(static_cast<float*>(std::aligned_alloc(kCacheLine, static_cast<size_t>(lines * kCacheLine))));
-}
-
 }  // namespace
 
 Status Launch(const Problem& problem, const Plan& plan, const Operands& operands, ThreadPool& pool) {
@@ -51,18 +45,22 @@ Status Launch(const Problem& problem, const Plan& plan, const Operands& operands
   const int64_t tasks = CeilDiv(problem.n, plan.rows_per_task);
   const int64_t workers = std::max(std::min(pool.num_threads(), tasks), int64_t{1});
 
-  const int64_t activations = CeilDiv(tokens * problem.k, kFloatsPerLine) * kFloatsPerLine;
-  const int64_t panel = plan.panel ? kPanelRows * (kSlab + tokens * kernel.lanes) : 0;
-  const FloatBuffer buffer = AllocateLines(activations + workers * panel);
+  const int64_t activations = WholeLines(tokens * problem.k * static_cast<int64_t>(sizeof(float)));
+  const int64_t rows = plan.rows_per_task;
+  const int64_t scratch = WholeLines(plan.panel ? PanelScratchBytes(problem, rows, tokens, kernel.lanes)
+                                                : DirectScratchBytes(problem, rows));
+  const int64_t bytes = activations + workers * scratch;
+  const std::unique_ptr<char, Free> buffer(
+      static_cast<char*>(std::aligned_alloc(kCacheLine, static_cast<size_t>(bytes))));
   if (buffer == nullptr) {
-    return Internal() << "int4pack_mm: no memory for " << (activations + workers * panel) * int64_t{sizeof(float)}
+    return Internal() << "int4pack_mm: no memory for " << bytes
                       << " bytes of activations and dequantised weights. Split x along m, or free memory.";
   }
 
   MatmulArgs args;
   args.problem = problem;
   args.operands = operands;
-  args.x = buffer.get();
+  args.x = reinterpret_cast<float*>(buffer.get());
   for (args.first_token = 0; args.first_token < problem.m; args.first_token += tokens) {
     args.tokens = std::min(tokens, problem.m - args.first_token);
     const int64_t step = std::max(kActivationsPerTask / problem.k, int64_t{1});
@@ -73,13 +71,9 @@ Status Launch(const Problem& problem, const Plan& plan, const Operands& operands
     });
     ParallelFor(pool, tasks, workers, [&](int64_t task, int64_t worker) {
       const ScopedFloatEnvironment environment;
-      const int64_t begin = task * plan.rows_per_task;
-      const int64_t end = std::min(begin + plan.rows_per_task, problem.n);
-      if (plan.panel) {
-        kernel.panel(args, begin, end, buffer.get() + activations + worker * panel);
-      } else {
-        kernel.direct(args, begin, end);
-      }
+      const int64_t begin = task * rows;
+      const int64_t end = std::min(begin + rows, problem.n);
+      (plan.panel ? kernel.panel : kernel.direct)(args, begin, end, buffer.get() + activations + worker * scratch);
     });
   }
   return Status();

@@ -13,6 +13,7 @@ namespace int4mm::cpu {
 namespace {
 
 constexpr int64_t kProductsPerTask = 256 * 1024;  // Some ten microseconds' work: far more than taking a task costs.
+constexpr int64_t kTilesPerTask = 4;              // At least, so that whole cache lines of scales and zeros are read.
 constexpr int64_t kMaxTokensPerPass = 128;          // Bounds the scratch; dequantising again costs a few per cent.
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -43,7 +44,7 @@ Plan MakePlan(const Problem& problem, Isa isa, bool panel) {
     plan.tokens_per_pass = tokens;
   }
   const int64_t products_per_tile = layout::kTileN * problem.k * std::min(tokens, plan.tokens_per_pass);
-  plan.rows_per_task = layout::kTileN * std::max(kProductsPerTask / products_per_tile, int64_t{1});
+  plan.rows_per_task = layout::kTileN * std::max(kProductsPerTask / products_per_tile, panel ? 1 : kTilesPerTask);
   return plan;
 }
 

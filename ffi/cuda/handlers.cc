@@ -34,8 +34,8 @@ StatusOr<DeviceDescription> QueryDevice(int device) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) {
-    return Internal() << "int4pack_mm: the properties of GPU " << device << " cannot be read: "
-                      << cudaGetErrorString(error) << ".";
+    return Internal() << "int4pack_mm: the properties of GPU " << device
+                      << " cannot be read: " << cudaGetErrorString(error) << ".";
   }
   return DeviceDescription{10 * major + minor, sm_count};
 }

@@ -9,24 +9,24 @@
 namespace int4mm::cuda {
 namespace {
 
-constexpr int kOldestArchitecture = 80;  // mma.sync m16n8k16 with bf16 operands, cp.async.
+constexpr int kOldestArchitecture = 80;          // mma.sync m16n8k16 with bf16 operands, cp.async.
+constexpr int64_t kMostRows = int64_t{1} << 30;  // Of n and of k: the kernels index within a row of tiles in 32 bits.
+constexpr int64_t kMostTiles = std::numeric_limits<int32_t>::max();  // Blocks of one launch.
 constexpr std::string_view kAmpereName = "ampere";
 constexpr std::string_view kEveryImplementation = "\"ampere\"";
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-std::string TileName(const ampere::Config& c) {
-  return std::to_string(c.TileN()) + "x" + std::to_string(c.tokens);
-}
+std::string TileName(const ampere::Config& c) { return std::to_string(c.TileN()) + "x" + std::to_string(c.tokens); }
 
 // Estimated time of a whole call in SM clocks: the busiest SM's share of tiles times what one tile takes. The rates are
 // those of one SM, fitted to measurements of every tile on an H200 (docs/kernels/ampere.md); only ratios between tiles
 // matter.
 double EstimatedClocks(const Problem& p, const DeviceDescription& device, const ampere::Config& c) {
-  constexpr double kMacsPerClock = 680;            // mma.sync
-  constexpr double kWeightsPerClock = 9.6;         // Loaded and dequantised.
+  constexpr double kMacsPerClock = 680;              // mma.sync
+  constexpr double kWeightsPerClock = 9.6;           // Loaded and dequantised.
   constexpr double kActivationBytesPerClock = 24.5;  // From L2 into shared memory.
-  constexpr double kClocksPerPartialSum = 0.0035;  // Written, read back and added at the end of a tile.
+  constexpr double kClocksPerPartialSum = 0.0035;    // Written, read back and added at the end of a tile.
   constexpr double kWarpsToHideLatency = 9.3;
   const int64_t tiles = CeilDiv(p.m, c.tokens) * CeilDiv(p.n, c.TileN());
   const int64_t tiles_per_sm = CeilDiv(tiles, device.sm_count);
@@ -34,8 +34,7 @@ double EstimatedClocks(const Problem& p, const DeviceDescription& device, const 
   const double weights = static_cast<double>(c.TileN()) * ampere::kStepK;
   const double step = weights * c.tokens / kMacsPerClock + weights / kWeightsPerClock +
                       static_cast<double>(c.tokens) * ampere::kStepK * 2 / kActivationBytesPerClock;
-  const double resident_warps =
-      static_cast<double>(std::min<int64_t>(tiles_per_sm, c.min_ctas)) * c.Threads() / 32;
+  const double resident_warps = static_cast<double>(std::min<int64_t>(tiles_per_sm, c.min_ctas)) * c.Threads() / 32;
   const double exposed = std::pow(std::max(1.0, kWarpsToHideLatency / resident_warps), 1.5);
   const double partial_sums = static_cast<double>(c.TileN()) * c.tokens * c.warps_k;
   return static_cast<double>(tiles_per_sm) * (steps * step * exposed + partial_sums * kClocksPerPartialSum);
@@ -71,10 +70,9 @@ StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device,
                            << kOldestArchitecture
                            << " (Ampere) or newer. Use implementation=\"reference\", or run on the CPU.";
   }
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  if (problem.n > kMost || problem.k > kMost) {
+  if (problem.n > kMostRows || problem.k > kMostRows) {
     return Unimplemented() << "int4pack_mm: n and k are " << problem.n << " and " << problem.k
-                           << "; the CUDA kernels take up to " << kMost << " of each. Split the weight.";
+                           << "; the CUDA kernels take up to " << kMostRows << " of each. Split the weight.";
   }
   const std::string_view kernel = implementation.substr(0, implementation.find('/'));
   if (!kernel.empty() && kernel != kAmpereName) {
@@ -104,10 +102,10 @@ StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device,
   const ampere::Config& c = ampere::kConfigs[plan.config];
   plan.tiles_m = CeilDiv(problem.m, c.tokens);
   plan.tiles_n = CeilDiv(problem.n, c.TileN());
-  if (plan.tiles_m > kMost / plan.tiles_n) {
-    return Unimplemented() << "int4pack_mm: m " << problem.m << " and n " << problem.n << " make "
-                           << plan.tiles_m << " x " << plan.tiles_n << " tiles, more than one launch holds ("
-                           << kMost << "). Split x along m.";
+  if (plan.tiles_m > kMostTiles / plan.tiles_n) {
+    return Unimplemented() << "int4pack_mm: m " << problem.m << " and n " << problem.n << " make " << plan.tiles_m
+                           << " x " << plan.tiles_n << " tiles, more than one launch holds (" << kMostTiles
+                           << "). Split x along m.";
   }
   return plan;
 }
@@ -126,8 +124,8 @@ Explanation Explain(const Problem& problem, const DeviceDescription& device, con
   } else {
     e.tile = TileName(c);
     reason << "mma.sync kernel for sm_80 and newer; " << plan.tiles_n << " x " << plan.tiles_m << " tiles of "
-           << c.TileN() << " rows of w by " << c.tokens << " tokens on " << device.sm_count
-           << " SMs, k over " << c.warps_k << (c.warps_k == 1 ? " slice" : " slices") << " of each CTA";
+           << c.TileN() << " rows of w by " << c.tokens << " tokens on " << device.sm_count << " SMs, k over "
+           << c.warps_k << (c.warps_k == 1 ? " slice" : " slices") << " of each CTA";
   }
   e.reason = reason.str();
   return e;

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <string>
@@ -412,9 +414,9 @@ void TestLargeOffsets(std::mt19937_64& random) {
   }
   const std::vector<uint16_t> expected_y = Run(expected, Isa::kScalar, 1, 1);
   std::vector<float> ordered(static_cast<size_t>(large.k));
-  std::vector<float> scratch(static_cast<size_t>(kPanelRows * (kSlab + kScalarKernel.lanes)) + 16);
-  const size_t misalignment = reinterpret_cast<uintptr_t>(scratch.data()) % 64 / sizeof(float);
-  float* aligned_scratch = scratch.data() + (16 - misalignment) % 16;
+  const int64_t scratch_bytes = PanelScratchBytes(large, 8, 1, kScalarKernel.lanes);
+  const std::unique_ptr<void, void (*)(void*)> scratch(
+      std::aligned_alloc(64, static_cast<size_t>((scratch_bytes + 63) / 64 * 64)), std::free);
   MatmulArgs args;
   args.problem = large;
   args.operands = {x.data(), packed.data(), scales_and_zeros.data(), y.data()};
@@ -422,10 +424,10 @@ void TestLargeOffsets(std::mt19937_64& random) {
   args.tokens = 1;
   args.x = ordered.data();
   kScalarKernel.order_activations(args, 0);
-  kScalarKernel.direct(args, large.n - 8, large.n);
+  kScalarKernel.direct(args, large.n - 8, large.n, scratch.get());
   EXPECT(std::equal(expected_y.begin(), expected_y.end(), y.end() - 8)) << "direct";
   std::fill(y.end() - 8, y.end(), kPoison);
-  kScalarKernel.panel(args, large.n - 8, large.n, aligned_scratch);
+  kScalarKernel.panel(args, large.n - 8, large.n, scratch.get());
   EXPECT(std::equal(expected_y.begin(), expected_y.end(), y.end() - 8)) << "panel";
 }
 

@@ -1,9 +1,8 @@
 // The plan of the CUDA kernels, on machines without a GPU.
-#include "cuda/plan.h"
-
 #include <set>
 #include <string>
 
+#include "cuda/plan.h"
 #include "tests/check.h"
 
 namespace int4mm::cuda {

@@ -1,4 +1,4 @@
-"""A broken or missing extension is an ImportError that says what to run; it is never taken for a machine without GPU."""
+"""A broken or missing extension is an ImportError that says what to run; never taken for a machine without GPU."""
 
 from __future__ import annotations
 

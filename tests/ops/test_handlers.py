@@ -22,6 +22,7 @@ RIGHT: dict[str, Any] = {
     "attributes": {"group_size": np.int64(64), "implementation": ""},
 }
 
+
 def call(buffers: dict[str, Any]) -> jax.Array:
     operands = [jnp.zeros(*buffers[name]) for name in ("x", "packed", "scales_and_zeros")]
     results = [jax.ShapeDtypeStruct(*buffers[name]) for name in ("y", "workspace")]

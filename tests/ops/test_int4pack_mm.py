@@ -17,9 +17,7 @@ import jax_int4mm as i4
 from jax_int4mm.ops import _ffi
 from kernels import CUDA_IMPLEMENTATIONS, Kernel, int4_weight
 
-FORMATS = pytest.mark.parametrize(
-    ("dtype", "group_size", "inner_k_tiles"), cases.FORMATS, ids=lambda value: str(value)
-)
+FORMATS = pytest.mark.parametrize(("dtype", "group_size", "inner_k_tiles"), cases.FORMATS, ids=lambda value: str(value))
 
 
 def assert_right(kernel: Kernel, xs: list[np.ndarray], weight: cases.Weight, device: jax.Device | None) -> None:
@@ -137,9 +135,7 @@ def test_programs_on_many_host_threads_do_not_disturb_each_other(chosen: Kernel,
     problems = []
     for m, n, k in [(1, 256, 1024), (17, 136, 512), (128, 40, 768), (257, 128, 256)]:
         weight = cases.random_weight(rng, n, k)
-        operands = jax.device_put(
-            (cases.random_x(rng, (m, k)), weight.packed, weight.scales_and_zeros), chosen.device
-        )
+        operands = jax.device_put((cases.random_x(rng, (m, k)), weight.packed, weight.scales_and_zeros), chosen.device)
         problems.append((operands, np.asarray(i4.int4pack_mm(*operands)).tobytes()))
 
     def run(i: int) -> bool:
@@ -172,3 +168,22 @@ def test_a_replayed_command_buffer_gives_the_same_bits(rng: np.random.Generator)
             assert np.asarray(captured(x, weights)).tobytes() == np.asarray(plain(x, weights)).tobytes()
         for x in kept:
             assert np.asarray(captured(x, weights)).tobytes() == np.asarray(plain(x, weights)).tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(2**15 + 8, 2**16, 2**7), (2**15 + 8, 8, 2**16), (16, 2**18, 2**16)],
+    ids=["elements of y", "elements of x", "words of the weight"],
+)
+def test_more_than_2_to_the_31(m: int, n: int, k: int, rng: np.random.Generator) -> None:
+    device = jax.devices("cuda")[0]
+    # All but the far corner is 0: eight rows of x and eight of the weight.
+    weight = cases.random_weight(rng, 8, k)
+    corner = cases.random_x(rng, (8, k))
+    with jax.default_device(device):
+        x = jnp.zeros((m, k), corner.dtype).at[-8:].set(corner)
+        packed = jnp.zeros((n // 8, *weight.packed.shape[1:]), jnp.int32).at[-1:].set(weight.packed)
+        scales_and_zeros = jnp.zeros((k // 128, n, 2), weight.dtype).at[:, -8:].set(weight.scales_and_zeros)
+        y = np.asarray(i4.int4pack_mm(x, packed, scales_and_zeros)[-8:, -8:])
+    acceptance.check([y], [corner], weight.rounded, device)

@@ -149,9 +149,7 @@ def test_an_implementation_of_another_platform_is_an_error(
         lowered_for(platform, *operands, implementation=implementation)
 
 
-def test_the_environment_names_the_default_implementation(
-    monkeypatch: pytest.MonkeyPatch, operands: Operands
-) -> None:
+def test_the_environment_names_the_default_implementation(monkeypatch: pytest.MonkeyPatch, operands: Operands) -> None:
     monkeypatch.setenv("JAX_INT4MM_IMPLEMENTATION", "reference")
     assert "custom_call" not in lowered_for("cpu", *operands)
     monkeypatch.setenv("JAX_INT4MM_IMPLEMENTATION", "nonesuch")

@@ -153,7 +153,8 @@ def test_a_group_size_under_a_trace_is_named() -> None:
     def f(group_size: jax.Array) -> jax.Array:
         return i4.int4pack_mm(**(RIGHT | {"group_size": group_size}))
 
-    assert_refused(lambda: jax.jit(f)(64), TypeError, "int4pack_mm", ["group_size is a", "a Python int, known when traced"])
+    parts = ["group_size is a", "a Python int, known when traced"]
+    assert_refused(lambda: jax.jit(f)(64), TypeError, "int4pack_mm", parts)
 
 
 def test_what_is_refused_is_wrong_by_itself() -> None:

@@ -83,12 +83,7 @@ struct Avx512 {
     if constexpr (dtype == DType::kFloat16) {
       return _mm512_cvtph_ps(_mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT));
     } else {
-      // A NaN here has its low half clear, as its bfloat16 origin had, so that the sum does not carry it away.
-      const __m512i bits = _mm512_castps_si512(sum);
-      const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-      const __m512i below = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
-      const __m512i rounded = _mm512_mask_add_epi32(below, odd, bits, _mm512_set1_epi32(0x8000));
-      return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+      return sum;
     }
   }
 };

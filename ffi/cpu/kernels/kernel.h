@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/problem.h"
+#include "cpu/isa.h"
 
 namespace int4mm::cpu {
 
@@ -21,12 +22,21 @@ struct Kernel {
   // Fills args.x for one token of 0 .. args.tokens-1.
   void (*order_activations)(const MatmulArgs& args, int64_t token);
   // y for rows [row_begin, row_end), both multiples of 8, and at most MaxDirectTokens tokens.
-  void (*direct)(const MatmulArgs& args, int64_t row_begin, int64_t row_end);
-  // y for rows [row_begin, row_end), both multiples of 8, and any number of tokens. `scratch` is aligned to 64 bytes and
-  // holds kPanelRows * (kSlab + args.tokens * lanes) floats, contents undefined.
-  void (*panel)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
+  void (*direct)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, void* scratch);
+  // y for rows [row_begin, row_end), both multiples of 8, and any number of tokens.
+  void (*panel)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, void* scratch);
   int lanes;  // f32 values in one vector.
 };
+
+// The size of `scratch`, which is aligned to a cache line, contents undefined: the scales and zeros of `rows` rows, and
+// for the panel kernel a panel and its sums.
+constexpr int64_t DirectScratchBytes(const Problem& problem, int64_t rows) {
+  return problem.k / problem.group_size * rows * 2 * static_cast<int64_t>(sizeof(uint16_t));
+}
+constexpr int64_t PanelScratchBytes(const Problem& problem, int64_t rows, int64_t tokens, int lanes) {
+  return DirectScratchBytes(problem, rows) +
+         kPanelRows * (kSlab + tokens * lanes) * static_cast<int64_t>(sizeof(float));
+}
 
 extern const Kernel kScalarKernel;
 extern const Kernel kAvx2Kernel;

@@ -1,5 +1,5 @@
-// y^T = w x^T on the tensor cores, with the operands swapped: the packed words of two stacked n-tiles are the A fragment
-// of mma.m16n8k16, and tokens are its 8 columns.
+// y^T = w x^T on the tensor cores, with the operands swapped: the packed words of two stacked n-tiles are the A
+// fragment of mma.m16n8k16, and tokens are its 8 columns.
 #pragma once
 
 #include <array>
@@ -20,38 +20,37 @@ struct Arguments {
   int64_t m;
   int n;
   int k;
-  int group_size;
   int group_shift;  // log2(group_size / 32)
   int inner_k_tiles;
   int tiles_n;
 };
 
-// Where a warp stands: in the CTA's tile of the output, in its slice of k, and in the sources that its slice copies from.
-// All that does not change from step to step is computed here, once.
+// Where a warp stands: in the CTA's tile of the output, in its slice of k, and in the sources that its slice copies
+// from. All that does not change from step to step is computed here, once.
 template <int kConfig>
 struct Position {
   static constexpr Config kTile = kConfigs[kConfig];
   static constexpr int kSliceThreads = 32 * kTile.warps_n;
-  static constexpr int kChunks = 2 * kStepK / 16;                  // 16-byte chunks of a row of x in a stage.
-  static constexpr int kTokenStride = kSliceThreads / kChunks;     // A thread copies one chunk of every such token.
-  static constexpr int kScaleChunks = kTile.TileN() / 4;           // 16-byte chunks of a group's (scale, zero) pairs.
+  static constexpr int kChunks = 2 * kStepK / 16;               // 16-byte chunks of a row of x in a stage.
+  static constexpr int kTokenStride = kSliceThreads / kChunks;  // A thread copies one chunk of every such token.
+  static constexpr int kScaleChunks = kTile.TileN() / 4;        // 16-byte chunks of a group's (scale, zero) pairs.
   static_assert(4 * kScaleChunks <= kSliceThreads, "one copy a thread moves the scales of a step");
 
   int lane;
-  int slice;           // Of k: steps slice, slice + warps_k, ...
+  int slice;  // Of k: steps slice, slice + warps_k, ...
   int64_t first_token;
-  int tokens;          // Of the tile's tokens, those that x has.
-  int first_row;       // First row of w of the CTA's tile.
-  int warp_row;        // First row of w of this warp in the tile.
+  int tokens;     // Of the tile's tokens, those that x has.
+  int first_row;  // First row of w of the CTA's tile.
+  int warp_row;   // First row of w of this warp in the tile.
 
-  int x_chunk;             // This thread's chunk of a row of x, and its first token.
+  int x_chunk;  // This thread's chunk of a row of x, and its first token.
   int x_token;
-  const uint16_t* x;       // That chunk of the first step.
-  int scale_group;         // Which of a step's groups this thread copies scales of, if any.
+  const uint16_t* x;  // That chunk of the first step.
+  int scale_group;    // Which of a step's groups this thread copies scales of, if any.
   int scale_row;
-  const uint16_t* scales;  // Those rows of group 0.
+  const uint16_t* scales;                  // Those rows of group 0.
   const uint32_t* words[2 * kTile.pairs];  // This lane's words of its n-tiles in step 0.
-  uint32_t b_offset;       // In a stage, where this lane's ldmatrix addresses start.
+  uint32_t b_offset;                       // In a stage, where this lane's ldmatrix addresses start.
 
   __device__ __forceinline__ explicit Position(const Arguments& args) {
     const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -72,10 +71,11 @@ struct Position {
     scale_group = slice_thread / kScaleChunks;
     scale_row = slice_thread % kScaleChunks * 4;
     const int step_groups = args.group_shift >= 2 ? 1 : 4 >> args.group_shift;
+    // Rows past n keep what is in shared memory: they are not stored.
     if (scale_group >= step_groups || first_row + scale_row >= args.n) scale_group = kNoGroup;
-    scales = args.scales_and_zeros + 2 * (first_row + scale_row);
+    scales = args.scales_and_zeros + int64_t{2} * (first_row + scale_row);
 
-    // Rows past n are not stored; they repeat the last n-tile instead of reading past it.
+    // For rows past n the last n-tile is read again.
     const int last_tile = args.n / 8 - 1;
 #pragma unroll
     for (int t = 0; t < 2 * kTile.pairs; ++t) {
@@ -88,9 +88,9 @@ struct Position {
   static constexpr int kNoGroup = 1 << 16;
 };
 
-// Starts the copies of one k step into a stage: x [tokens][kStepK], its 16-byte chunks swizzled within a row so that the
-// 8 rows of an ldmatrix lie in different banks, then (scale, zero) [kStepK / 32][TileN()]. Past k come zeros. Tokens that
-// x does not have are left as they are: they reach only columns of the output that are not stored.
+// Starts the copies of one k step into a stage: x [tokens][kStepK], its 16-byte chunks swizzled within a row so that
+// the 8 rows of an ldmatrix lie in different banks, then (scale, zero) [kStepK / 32][TileN()]. Past k come zeros.
+// Tokens that x does not have are left as they are: they reach only columns of the output that are not stored.
 template <int kConfig>
 __device__ __forceinline__ void CopyStage(const Arguments& args, const Position<kConfig>& at, int step,
                                           uint32_t stage) {
@@ -162,9 +162,9 @@ struct Words {
 
 // sums += w x^T over one k step.
 template <typename Float, int kConfig>
-__device__ __forceinline__ void MultiplyStep(
-    float (&sums)[kConfigs[kConfig].pairs][kConfigs[kConfig].tokens / 8][4], const Arguments& args,
-    const Position<kConfig>& at, uint32_t stage, Words<kConfig> words) {
+__device__ __forceinline__ void MultiplyStep(float (&sums)[kConfigs[kConfig].pairs][kConfigs[kConfig].tokens / 8][4],
+                                             const Arguments& args, const Position<kConfig>& at, uint32_t stage,
+                                             Words<kConfig> words) {
   constexpr Config kTile = kConfigs[kConfig];
   const uint32_t scales = stage + kTile.tokens * 2 * kStepK + (at.warp_row + at.lane / 4) * 4;
   const int group_mask = (1 << args.group_shift) - 1;
@@ -207,7 +207,7 @@ __device__ __forceinline__ void MultiplyStep(
       ptx::LoadMatrixX4(b, b_row + t * 8 * 2 * kStepK);
 #pragma unroll
       for (int p = 0; p < kTile.pairs; ++p) {
-        float(&part)[4] = stretch[p][t];
+        float (&part)[4] = stretch[p][t];
         if (j % kWordsPerStretch == 0) part[0] = part[1] = part[2] = part[3] = 0.0f;
         ptx::MmaM16N8K16<Float>(part, a[p][0], b[0], b[1]);
         ptx::MmaM16N8K16<Float>(part, a[p][1], b[2], b[3]);

@@ -1,10 +1,9 @@
-#include "cuda/kernels/ampere/launch.h"
-
 #include <array>
 #include <atomic>
 #include <cstdint>
 
 #include "cuda/kernels/ampere/kernel.cuh"
+#include "cuda/kernels/ampere/launch.h"
 
 namespace int4mm::cuda::ampere {
 namespace {
@@ -25,9 +24,9 @@ Status AllowSharedMemory(const void* kernel, DType dtype, int config) {
   std::atomic<uint64_t>& allowed = allowed_devices[dtype == DType::kFloat16][config];
   const uint64_t bit = device < kMostDevices ? uint64_t{1} << device : 0;
   if (allowed.load(std::memory_order_relaxed) & bit) return Status();
-  Status status = CudaStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                  kConfigs[config].SharedBytes()),
-                             "cudaFuncSetAttribute for shared memory");
+  Status status = CudaStatus(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kConfigs[config].SharedBytes()),
+      "cudaFuncSetAttribute for shared memory");
   if (status.ok()) allowed.fetch_or(bit, std::memory_order_relaxed);
   return status;
 }
@@ -36,8 +35,7 @@ Status AllowSharedMemory(const void* kernel, DType dtype, int config) {
 
 Status Launch(const Problem& problem, const Operands& operands, const Plan& plan, cudaStream_t stream) {
   const Config& tile = kConfigs[plan.config];
-  const void* kernel =
-      problem.dtype == DType::kBFloat16 ? BFloat16Kernel(plan.config) : Float16Kernel(plan.config);
+  const void* kernel = problem.dtype == DType::kBFloat16 ? BFloat16Kernel(plan.config) : Float16Kernel(plan.config);
   if (Status status = AllowSharedMemory(kernel, problem.dtype, plan.config); !status.ok()) return status;
 
   Arguments arguments;
@@ -48,8 +46,10 @@ Status Launch(const Problem& problem, const Operands& operands, const Plan& plan
   arguments.m = problem.m;
   arguments.n = static_cast<int>(problem.n);
   arguments.k = static_cast<int>(problem.k);
-  arguments.group_size = static_cast<int>(problem.group_size);
-  arguments.group_shift = problem.group_size == 32 ? 0 : problem.group_size == 64 ? 1 : problem.group_size == 128 ? 2 : 3;
+  arguments.group_shift = problem.group_size == 32    ? 0
+                          : problem.group_size == 64  ? 1
+                          : problem.group_size == 128 ? 2
+                                                      : 3;
   arguments.inner_k_tiles = static_cast<int>(problem.inner_k_tiles);
   arguments.tiles_n = static_cast<int>(plan.tiles_n);
   void* pointers[] = {&arguments};

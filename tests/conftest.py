@@ -46,6 +46,12 @@ def pytest_report_header() -> list[str]:
     ]
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # Once more, since a quiet run has no header.
+    if terminalreporter.stats.keys() & {"failed", "error"}:
+        terminalreporter.write_line(f"random cases: repeat them with {SEED_VARIABLE}={os.environ[SEED_VARIABLE]}")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is None:
         return

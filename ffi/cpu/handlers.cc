@@ -59,9 +59,9 @@ Status Run(const Call& call, std::string_view implementation, ffi::ThreadPool ff
   XlaThreadPool pool(ffi_pool);
   Status status = Launch(call.problem, *plan, call.operands, pool);
   if (status.ok()) {
-    last_launched.store({plan->isa, plan->panel, static_cast<uint8_t>(plan->block.rows),
-                         static_cast<uint8_t>(plan->block.tokens)},
-                        std::memory_order_relaxed);
+    last_launched.store(
+        {plan->isa, plan->panel, static_cast<uint8_t>(plan->block.rows), static_cast<uint8_t>(plan->block.tokens)},
+        std::memory_order_relaxed);
   }
   return status;
 }
@@ -104,8 +104,6 @@ std::vector<std::string> Isas() {
   for (const Isa isa : SupportedIsas(ThisCpu())) names.emplace_back(IsaName(isa));
   return names;
 }
-
-// ---- Plans for Python -----------------------------------------------------------------------------------------------
 
 Problem MakeProblem(int64_t m, int64_t n, int64_t k, int64_t group_size, int64_t inner_k_tiles,
                     const std::string& dtype) {
@@ -161,8 +159,9 @@ NB_MODULE(_cpu, module) {
   module.def("last_launch", &LastLaunch,
              "\"<implementation>/<tile>\" of the last kernel that this process launched, or None.");
   module.def("isas", &Isas, "The implementations that this CPU can run, best first.");
-  module.def("plan", &PlanHere, "m"_a, "n"_a, "k"_a, "group_size"_a, "inner_k_tiles"_a, "dtype"_a, "implementation"_a,
-             "The plan of one problem on this CPU; m = -1 is not known yet. Raises ValueError where none can serve it.");
+  module.def(
+      "plan", &PlanHere, "m"_a, "n"_a, "k"_a, "group_size"_a, "inner_k_tiles"_a, "dtype"_a, "implementation"_a,
+      "The plan of one problem on this CPU; m = -1 is not known yet. Raises ValueError where none can serve it.");
   module.def("cuda_plan", &PlanCuda, "m"_a, "n"_a, "k"_a, "group_size"_a, "inner_k_tiles"_a, "dtype"_a,
              "implementation"_a, "compute_capability"_a, "sm_count"_a,
              "The plan of one problem on a GPU of this compute capability (10 * major + minor) and number of SMs.");

@@ -36,6 +36,7 @@ const Kernel& KernelOf(Isa isa) {
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
+
 }  // namespace
 
 Status Launch(const Problem& problem, const Plan& plan, const Operands& operands, ThreadPool& pool) {

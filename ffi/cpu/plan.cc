@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kProductsPerTask = 256 * 1024;  // Some ten microseconds' work: far more than taking a task costs.
 constexpr int64_t kTilesPerTask = 4;              // At least, so that whole cache lines of scales and zeros are read.
-constexpr int64_t kMaxTokensPerPass = 128;          // Bounds the scratch; dequantising again costs a few per cent.
+constexpr int64_t kMaxTokensPerPass = 128;        // Bounds the scratch; dequantising again costs a few per cent.
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -29,8 +29,8 @@ std::string TileName(const Plan& plan) {
          std::to_string(plan.block.tokens);
 }
 
-// As `direct` or `panel` works; m = 0 and kUnknownM are planned as one token is.
-Plan MakePlan(const Problem& problem, Isa isa, bool panel) {
+// m = 0 and kUnknownM are planned as one token is.
+Plan Block(const Problem& problem, Isa isa, bool panel) {
   const int64_t tokens = std::max(problem.m, int64_t{1});
   Plan plan;
   plan.isa = isa;
@@ -50,15 +50,16 @@ Plan MakePlan(const Problem& problem, Isa isa, bool panel) {
 
 // The plan whose name is `implementation`, "<isa>/<tile>".
 StatusOr<Plan> PlanTile(const Problem& problem, Isa isa, std::string_view implementation) {
-  std::vector<Plan> plans = {MakePlan(problem, isa, true)};
-  if (problem.m <= MaxDirectTokens(isa)) plans.push_back(MakePlan(problem, isa, false));
+  std::vector<Plan> plans = {Block(problem, isa, true)};  // It serves every m, so an m that is not known too.
+  if (problem.m != kUnknownM && problem.m <= MaxDirectTokens(isa)) plans.push_back(Block(problem, isa, false));
   std::string names;
   for (const Plan& plan : plans) {
     if (LaunchName(plan) == implementation) return plan;
     names += (names.empty() ? "\"" : ", \"") + LaunchName(plan) + "\"";
   }
-  return Unimplemented() << "int4pack_mm: implementation \"" << implementation << "\" names no tile for m = "
-                         << problem.m << "; there are " << names << ". Leave the tile out to choose.";
+  return Unimplemented() << "int4pack_mm: implementation \"" << implementation << "\" names no tile for "
+                         << (problem.m == kUnknownM ? "every m" : "m = " + std::to_string(problem.m)) << "; there is "
+                         << names << ". Leave the tile out to choose.";
 }
 
 }  // namespace
@@ -108,7 +109,7 @@ StatusOr<Plan> MakePlan(const Problem& problem, const CpuFeatures& features, std
     isa = *named;
     if (name.size() < implementation.size()) return PlanTile(problem, isa, implementation);
   }
-  return MakePlan(problem, isa, problem.m > MaxDirectTokens(isa));
+  return Block(problem, isa, problem.m > MaxDirectTokens(isa));
 }
 
 std::string LaunchName(const Plan& plan) { return std::string(IsaName(plan.isa)) + "/" + TileName(plan); }
@@ -119,7 +120,7 @@ Explanation Explain(const Problem& problem, const Plan& plan) {
   e.tile = TileName(plan);
   e.weights = "rounded";
   std::ostringstream reason;
-  if (problem.m == kUnknownM) {
+  if (problem.m == kUnknownM && !plan.panel) {
     e.tile = "at the call";
     reason << "m is not known when the program is compiled, so the tile is chosen at the call";
   } else if (plan.panel) {

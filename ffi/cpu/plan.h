@@ -1,5 +1,5 @@
-// Problem + what this CPU can do -> plan: which instruction set, which blocking. Compiled for the oldest CPU and free of
-// intrinsics, so that every machine can test every choice.
+// Problem + what this CPU can do -> plan: which instruction set, which blocking. Compiled for the oldest CPU and free
+// of intrinsics, so that every machine can test every choice.
 #pragma once
 
 #include <cstdint>

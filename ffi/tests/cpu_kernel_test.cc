@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "core/problem.h"
+#include "cpu/kernels/exact_table.h"
 #include "cpu/kernels/kernel.h"
 #include "cpu/launch.h"
 #include "cpu/plan.h"
@@ -28,8 +29,7 @@
 namespace int4mm::cpu {
 namespace {
 
-// ---- Memory whose end is followed by a page that traps, and whose beginning is watched ------------------------------
-
+// An array whose end is followed by a page that traps, and whose beginning is watched.
 template <typename T>
 class GuardedArray {
  public:
@@ -73,9 +73,7 @@ class GuardedArray {
   T* data_ = nullptr;
 };
 
-// ---- The oracle -----------------------------------------------------------------------------------------------------
-
-static_assert(LDBL_MANT_DIG >= 64, "the oracle's sums are exact only in a long double of 64 bits or more");
+static_assert(LDBL_MANT_DIG >= 64, "the oracle needs products to be exact and sums to keep many more bits than dtype");
 
 int SignificandBits(DType dtype) { return dtype == DType::kBFloat16 ? 8 : 11; }
 int SmallestExponent(DType dtype) { return dtype == DType::kBFloat16 ? -126 : -14; }
@@ -86,10 +84,15 @@ double Ulp(DType dtype, double value) {
   return std::ldexp(1.0, exponent - SignificandBits(dtype) + 1);
 }
 
-// Nearest, ties to even; overflow is not treated, the tests keep away from it.
-double Round(DType dtype, long double value) {
+// value + lost to the nearest, ties to even, where lost is too small to matter but for the direction of a tie.
+double Round(DType dtype, long double value, long double lost = 0) {
+  if (!std::isfinite(value)) return static_cast<double>(value);
   const double ulp = Ulp(dtype, static_cast<double>(value));
-  return static_cast<double>(std::nearbyintl(value / ulp) * ulp);
+  double rounded = static_cast<double>(std::nearbyintl(value / ulp) * ulp);
+  const long double rest = value - rounded;
+  if (2 * std::fabs(rest) == ulp && lost * rest > 0) rounded += std::copysign(ulp, static_cast<double>(rest));
+  const double limit = std::ldexp(1.0, 2 - SmallestExponent(dtype));  // The first power of two that is too large.
+  return std::fabs(rounded) < limit ? rounded : std::copysign(INFINITY, rounded);
 }
 
 double Decode(DType dtype, uint16_t bits) {
@@ -122,12 +125,13 @@ uint16_t Encode(DType dtype, double value) {
 }
 
 double Weight(DType dtype, int q, double scale, double zero) {
-  return Round(dtype, (q - 8) * static_cast<long double>(scale) + static_cast<long double>(zero));
+  const long double product = (q - 8) * static_cast<long double>(scale);
+  const long double sum = product + static_cast<long double>(zero);
+  const long double zero_part = sum - product;
+  return Round(dtype, sum, (product - (sum - zero_part)) + (zero - zero_part));
 }
 
-// ---- Problems -------------------------------------------------------------------------------------------------------
-
-enum class Scales { kOrdinary, kTraps, kSubnormal };
+enum class Scales { kOrdinary, kTraps, kSubnormal, kAnyExponent };
 
 struct Case {
   Problem problem;
@@ -194,6 +198,14 @@ void FillScales(Case& c, Scales scales, std::mt19937_64& random) {
         scale = round(std::ldexp(normal(random), SmallestExponent(p.dtype) - 2));
         zero = round(std::ldexp(normal(random), SmallestExponent(p.dtype) - 2));
       }
+      if (scales == Scales::kAnyExponent) {
+        const auto number = [&](int largest) {
+          const int exponent = std::uniform_int_distribution<int>(SmallestExponent(p.dtype) - 4, largest)(random);
+          return round(std::ldexp(std::uniform_real_distribution<double>(-2, 2)(random), exponent));
+        };
+        scale = number(-SmallestExponent(p.dtype) - 4);  // Eight of it are still finite.
+        zero = number(-SmallestExponent(p.dtype) - 1);
+      }
       const int64_t index = 2 * (group * p.n + n);
       c.scales_and_zeros[index] = Encode(p.dtype, scale);
       c.scales_and_zeros[index + 1] = Encode(p.dtype, zero);
@@ -228,8 +240,8 @@ std::vector<uint16_t> Run(Case& c, Isa isa, int64_t m, int64_t threads) {
   const Status status = Launch(problem, *plan, c.operands(y.data()), pool);
   EXPECT(status.ok()) << status.message();
   EXPECT(y.BandIntact()) << IsaName(isa) << " wrote before y, " << Name(problem);
-  EXPECT(std::find(y.begin(), y.end(), kPoison) == y.end()) << IsaName(isa) << " left outputs unwritten, "
-                                                            << Name(problem);
+  EXPECT(std::find(y.begin(), y.end(), kPoison) == y.end())
+      << IsaName(isa) << " left outputs unwritten, " << Name(problem);
   return std::vector<uint16_t>(y.begin(), y.end());
 }
 
@@ -247,7 +259,8 @@ void ExpectClose(Case& c, Isa isa, const std::vector<uint16_t>& y, const std::ve
     different += actual != expected;
     if (!(std::fabs(actual - expected) <= bound)) {
       EXPECT(false) << IsaName(isa) << " " << Name(p) << " y[" << i / static_cast<size_t>(p.n) << "]["
-                    << i % static_cast<size_t>(p.n) << "] is " << actual << ", expected " << expected << " +- " << bound;
+                    << i % static_cast<size_t>(p.n) << "] is " << actual << ", expected " << expected << " +- "
+                    << bound;
       return;
     }
   }
@@ -310,7 +323,7 @@ void TestWeights(const std::vector<Isa>& isas, std::mt19937_64& random) {
   for (Problem p : Grid()) {
     if (p.n != 40) continue;
     p.m = p.k;
-    for (const Scales scales : {Scales::kOrdinary, Scales::kTraps, Scales::kSubnormal}) {
+    for (const Scales scales : {Scales::kOrdinary, Scales::kTraps, Scales::kSubnormal, Scales::kAnyExponent}) {
       Case c(p);
       Fill(c, scales, random);
       for (int64_t m = 0; m < p.m; ++m) {
@@ -321,7 +334,8 @@ void TestWeights(const std::vector<Isa>& isas, std::mt19937_64& random) {
         int64_t wrong = 0;
         for (int64_t k = 0; k < p.k; ++k) {
           for (int64_t n = 0; n < p.n; ++n) {
-            wrong += Decode(p.dtype, y[static_cast<size_t>(k * p.n + n)]) != c.weights[static_cast<size_t>(n * p.k + k)];
+            wrong +=
+                Decode(p.dtype, y[static_cast<size_t>(k * p.n + n)]) != c.weights[static_cast<size_t>(n * p.k + k)];
           }
         }
         EXPECT(wrong == 0) << IsaName(isa) << " " << Name(p) << ": " << wrong << " of " << p.n * p.k
@@ -331,29 +345,58 @@ void TestWeights(const std::vector<Isa>& isas, std::mt19937_64& random) {
   }
 }
 
+// Every kind of scale and zero, infinities and NaN too, and sums that overflow though their parts do not, or the
+// reverse.
+void TestExactTable(std::mt19937_64& random) {
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (int i = 0; i < 200000; ++i) {
+      const double scale = Decode(dtype, static_cast<uint16_t>(random()));
+      const double zero = Decode(dtype, static_cast<uint16_t>(random()));
+      float table[16];
+      ExactTable(dtype, static_cast<float>(scale), static_cast<float>(zero), table);
+      for (int q = 0; q < 16; ++q) {
+        const double expected = Weight(dtype, q, scale, zero);
+        EXPECT(table[q] == expected || (std::isnan(table[q]) && std::isnan(expected)))
+            << DTypeName(dtype) << " q=" << q << " scale=" << scale << " zero=" << zero << " gave " << table[q]
+            << ", expected " << expected;
+      }
+    }
+  }
+}
+
+// This thread's floating point control register, and the bits of it that flush subnormals to zero.
+#if defined(__x86_64__)
+constexpr uint64_t kFlushBits = 0x8040;
+uint64_t FloatControl() { return _mm_getcsr(); }
+void SetFloatControl(uint64_t bits) { _mm_setcsr(static_cast<unsigned>(bits)); }
+#elif defined(__aarch64__)
+constexpr uint64_t kFlushBits = uint64_t{1} << 24;
+uint64_t FloatControl() {
+  uint64_t bits;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(bits));
+  return bits;
+}
+void SetFloatControl(uint64_t bits) { __asm__ volatile("msr fpcr, %0" : : "r"(bits) : "memory"); }
+#endif
+
 // A thread that flushes subnormals, as XLA's do, gets the same y, and finds its settings as it left them.
 void TestFlushToZero(const std::vector<Isa>& isas, std::mt19937_64& random) {
-#if defined(__x86_64__)
-  Problem p{2, 16, 256, 128, 8, DType::kBFloat16};
-  Case c(p);
-  Fill(c, Scales::kSubnormal, random);
-  for (const Isa isa : isas) {
-    const std::vector<uint16_t> y = Run(c, isa, p.m, 1);
-    EXPECT(std::any_of(y.begin(), y.end(), [](uint16_t v) { return (v & 0x7FFF) != 0; }))
-        << "the case is meant to have outputs other than zero";
-    const unsigned before = _mm_getcsr();
-    const unsigned flushing = before | 0x8040;
-    _mm_setcsr(flushing);
-    const std::vector<uint16_t> flushed = Run(c, isa, p.m, 1);
-    const unsigned after = _mm_getcsr();
-    _mm_setcsr(before);
-    EXPECT(flushed == y) << IsaName(isa) << " depends on the caller's flush-to-zero";
-    EXPECT((after & 0x8040) == 0x8040) << IsaName(isa) << " changed the caller's floating point environment";
+  for (const int64_t m : {2, 20}) {
+    Case c(Problem{m, 16, 256, 128, 8, DType::kBFloat16});
+    Fill(c, Scales::kSubnormal, random);
+    for (const Isa isa : isas) {
+      const std::vector<uint16_t> y = Run(c, isa, m, 1);
+      EXPECT(std::any_of(y.begin(), y.end(), [](uint16_t v) { return (v & 0x7FFF) != 0 && (v & 0x7F80) == 0; }))
+          << "the case is meant to have subnormal outputs";
+      const uint64_t before = FloatControl();
+      SetFloatControl(before | kFlushBits);
+      const std::vector<uint16_t> flushed = Run(c, isa, m, 1);
+      const uint64_t after = FloatControl();
+      SetFloatControl(before);
+      EXPECT(flushed == y) << IsaName(isa) << " depends on the caller's flush-to-zero, m=" << m;
+      EXPECT((after & kFlushBits) == kFlushBits) << IsaName(isa) << " changed the caller's floating point environment";
+    }
   }
-#else
-  (void)isas, (void)random;
-  std::cout << "SKIPPED TestFlushToZero: written for MXCSR\n";
-#endif
 }
 
 // NaN and infinity reach y as such.
@@ -438,6 +481,7 @@ int Main() {
     const bool runs = std::find(isas.begin(), isas.end(), isa) != isas.end();
     std::cout << (runs ? "testing " : "SKIPPED ") << IsaName(isa) << (runs ? "\n" : ": this CPU does not have it\n");
   }
+  TestExactTable(random);
   TestWeights(isas, random);
   TestProducts(isas, random);
   TestFlushToZero(isas, random);

@@ -1,10 +1,9 @@
-#include "cpu/plan.h"
-
 #include <algorithm>
 #include <string>
 #include <vector>
 
 #include "core/layout.h"
+#include "cpu/plan.h"
 #include "tests/check.h"
 
 namespace int4mm::cpu {
@@ -45,13 +44,13 @@ void TestSupportedIsas() {
 
 // A kernel may use every instruction that its file is compiled for, so it needs all of them.
 void TestEveryFeatureIsNeeded() {
-  for (bool CpuFeatures::*feature :
+  for (bool CpuFeatures::* feature :
        {&CpuFeatures::avx512f, &CpuFeatures::avx512bw, &CpuFeatures::avx512dq, &CpuFeatures::avx512vl}) {
     CpuFeatures features = Avx512Cpu();
     features.*feature = false;
     EXPECT((SupportedIsas(features) == std::vector<Isa>{Isa::kAvx2, Isa::kScalar}));
   }
-  for (bool CpuFeatures::*feature : {&CpuFeatures::avx2, &CpuFeatures::fma, &CpuFeatures::f16c}) {
+  for (bool CpuFeatures::* feature : {&CpuFeatures::avx2, &CpuFeatures::fma, &CpuFeatures::f16c}) {
     CpuFeatures features = Avx512Cpu();
     features.*feature = false;
     EXPECT((SupportedIsas(features) == std::vector<Isa>{Isa::kScalar}));
@@ -131,9 +130,14 @@ void TestNamedTiles() {
   EXPECT(panel.ok() && panel->panel) << panel.status().message();
   const StatusOr<Plan> direct = MakePlan(WithM(100), Avx512Cpu(), "avx512/direct-8x1");
   EXPECT(direct.status().code() == StatusCode::kUnimplemented);
-  EXPECT(direct.status().message().find("there are \"avx512/panel-4x6\"") != std::string::npos)
+  EXPECT(direct.status().message().find("m = 100; it has \"avx512/panel-4x6\".") != std::string::npos)
       << direct.status().message();
   EXPECT(!MakePlan(WithM(1), Avx512Cpu(), "avx512/").ok());
+
+  const StatusOr<Plan> any = MakePlan(WithM(kUnknownM), Avx512Cpu(), "avx512/panel-4x6");
+  EXPECT(any.ok() && Explain(WithM(kUnknownM), *any).tile == "panel-4x6") << any.status().message();
+  const StatusOr<Plan> one = MakePlan(WithM(kUnknownM), Avx512Cpu(), "avx512/direct-8x1");
+  EXPECT(one.status().message().find("for every m; it has") != std::string::npos) << one.status().message();
 }
 
 // What the launcher relies on.

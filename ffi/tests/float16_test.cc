@@ -42,8 +42,8 @@ void TestWidenEveryPattern() {
         if (!std::isinf(wide)) {
           EXPECT(wide == Defined(f, bits)) << DTypeName(f.dtype) << " " << bits << " is " << wide;
         }
-        EXPECT(Narrow(f.dtype, wide) == bits) << DTypeName(f.dtype) << " " << bits << " became "
-                                              << Narrow(f.dtype, wide);
+        EXPECT(Narrow(f.dtype, wide) == bits)
+            << DTypeName(f.dtype) << " " << bits << " became " << Narrow(f.dtype, wide);
       }
     }
   }

@@ -8,9 +8,7 @@
 namespace int4mm {
 namespace {
 
-Status Refuse(int n) {
-  return InvalidArgument() << "op: n is " << n << ", " << 0.5 << " too many" << std::string(".");
-}
+Status Refuse(int n) { return InvalidArgument() << "op: n is " << n << ", " << 0.5 << " too many" << std::string("."); }
 
 StatusOr<std::string> Half(int n) {
   if (n % 2 != 0) return Unimplemented() << "op: " << n << " is odd.";

@@ -38,7 +38,9 @@ struct Avx2 {
 
   static __m128i Load4(const uint32_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
   static __m256i Load8(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static __m256i Join(__m128i low, __m128i high) { return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1); }
+  static __m256i Join(__m128i low, __m128i high) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+  }
 
   template <class O>
   static void LoadUnit(const uint32_t* row, int part, Words* words) {
@@ -50,7 +52,8 @@ struct Avx2 {
       } else {
         // The unit's words of lanes 0 and 1 of the tile, and of lanes 2 and 3, each in both halves.
         constexpr int kNext = O::kWords == 8 ? 1 : 0;
-        const __m256i index = _mm256_add_epi32(first, _mm256_setr_epi32(0, kNext, 4, 4 + kNext, 0, kNext, 4, 4 + kNext));
+        const __m256i index =
+            _mm256_add_epi32(first, _mm256_setr_epi32(0, kNext, 4, 4 + kNext, 0, kNext, 4, 4 + kNext));
         const __m256i lanes01 = _mm256_permutevar8x32_epi32(Load8(row), index);
         const __m256i lanes23 = _mm256_permutevar8x32_epi32(Load8(row + 8), index);
         words[0] = _mm256_blend_epi32(lanes01, lanes23, 0b11110000);
@@ -93,11 +96,9 @@ struct Avx2 {
     if constexpr (dtype == DType::kFloat16) {
       return _mm256_cvtph_ps(_mm256_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT));
     } else {
-      // A NaN here has its low half clear, as its bfloat16 origin had, so that the sum does not carry it away.
-      const __m256i bits = _mm256_castps_si256(sum);
-      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-      const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
-      return _mm256_castsi256_ps(_mm256_and_si256(rounded, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
+      const __m256 power = _mm256_and_ps(sum, _mm256_castsi256_ps(_mm256_set1_epi32(0x7F800000)));
+      const __m256 shift = _mm256_set1_ps(kRoundingShift);
+      return _mm256_fnmadd_ps(power, shift, _mm256_fmadd_ps(power, shift, sum));
     }
   }
 

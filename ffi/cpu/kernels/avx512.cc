@@ -26,17 +26,18 @@ struct Avx512 {
 
   static __m128i Load4(const uint32_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
   static __m256i Load8(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static __m256i Join(__m128i low, __m128i high) { return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1); }
+  static __m256i Join(__m128i low, __m128i high) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+  }
   static __m512i Join(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
 
   template <class O>
   static void LoadUnit(const uint32_t* row, int part, Words* words) {
     if constexpr (!O::kWholeTiles) {
       // Each 128 bits hold the words of one lane of the tile; theirs that are in the unit are spread over four dwords.
-      const __m512i lanes = O::kRowWords == 16
-                                ? _mm512_loadu_si512(row)
-                                : _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3),
-                                                           _mm512_castsi256_si512(Load8(row)));
+      const __m512i lanes = O::kRowWords == 16 ? _mm512_loadu_si512(row)
+                                               : _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3),
+                                                                          _mm512_castsi256_si512(Load8(row)));
       constexpr int kZero = -1;
       const __m128i spread =
           O::kWords == 8 ? _mm_setr_epi8(0, 1, kZero, kZero, 2, 3, kZero, kZero, 4, 5, kZero, kZero, 6, 7, kZero, kZero)
@@ -83,7 +84,9 @@ struct Avx512 {
     if constexpr (dtype == DType::kFloat16) {
       return _mm512_cvtph_ps(_mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT));
     } else {
-      return sum;
+      const __m512 power = _mm512_and_ps(sum, _mm512_castsi512_ps(_mm512_set1_epi32(0x7F800000)));
+      const __m512 shift = _mm512_set1_ps(kRoundingShift);
+      return _mm512_fnmadd_ps(power, shift, _mm512_fmadd_ps(power, shift, sum));
     }
   }
 };

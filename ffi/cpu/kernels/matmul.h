@@ -8,12 +8,12 @@
 //   Float Zero(), Load(const float*), MultiplyAdd(a, b, c) = a * b + c; void Store(float*, Float); float Sum(Float)
 //   Table LoadTable(const float*); Float Lookup(Table, Words): table[low nibble of each lane]
 //   Words NextNibble(Words): each lane shifted right by 4
-//   void LoadUnit<Order>(const uint32_t* row, int part, Words*): the words of one row of one unit, in Order's order; the
-//     unit is the part-th of its tile, if it is less than a tile
+//   void LoadUnit<Order>(const uint32_t* row, int part, Words*): the words of one row of one unit, in Order's order.
+//     `row` is the row's first word in the unit's tile; the unit is the part-th of the tile, if it is less than one
 //   Float Widen<dtype>(const uint16_t*); uint16_t Narrow<dtype>(float)
 //   unsigned LoadPairs<dtype>(const uint16_t* scales_and_zeros, float* scales, float* zeros): of four rows; a mask of
 //     those that need ExactTable
-//   Table MakeTable<dtype>(float scale, float zero): of fma(q - 8, scale, zero) in f32, rounded to dtype
+//   Table MakeTable<dtype>(float scale, float zero): fast, as kernels/exact_table.h tells
 //
 // Each y[m][n] is the sum over k, in the kernel's order, in the L lanes of one f32 vector, whose lanes are added at the
 // end; the blocking, the number of tokens and the number of threads do not change a bit of it.
@@ -57,8 +57,8 @@ struct Matmul {
       for (int64_t group = 0; group < groups; ++group, pairs += 2 * kTileRows) {
         suspects[group] = 0;
         for (int row = 0; row < kRows; row += 4) {
-          suspects[group] |=
-              S::template LoadPairs<dtype>(pairs + 2 * row, scales[group] + row, zeros[group] + row) << row;
+          suspects[group] |= S::template LoadPairs<dtype>(pairs + 2 * row, scales[group] + row, zeros[group] + row)
+                             << row;
         }
       }
     }
@@ -93,9 +93,9 @@ struct Matmul {
     return static_cast<int>(p.group_size == 256 ? k_in_slab / 256 : k_in_slab / O::kUnit);
   }
 
-  // Copies the scales and zeros of rows [row_begin, row_end) to pairs [tile][group][kTileRows][2]. In the operand a tile's
-  // next group lies 4 * n bytes away, often in the same set of the cache and always beyond what is prefetched: read one
-  // after the other, in the midst of the products, they took a third of the time at m = 1 and group_size 32.
+  // Copies the scales and zeros of rows [row_begin, row_end) to pairs [tile][group][kTileRows][2]. In the operand a
+  // tile's next group lies 4 * n bytes away, often in the same set of the cache and always beyond what is prefetched:
+  // read in the midst of the products, they took a third of the time at m = 1 and group_size 32; so, a quarter.
   static void GatherPairs(const MatmulArgs& args, int64_t row_begin, int64_t row_end, uint16_t* pairs) {
     const int64_t n = args.problem.n;
     const int64_t groups = args.problem.k / args.problem.group_size;
@@ -110,8 +110,7 @@ struct Matmul {
     }
   }
 
-  // ---- Activations --------------------------------------------------------------------------------------------------
-
+  // Widens one token of x and puts each unit of it into the order of the weights.
   template <DType dtype, class O>
   static void OrderActivations(const MatmulArgs& args, int64_t token) {
     constexpr int kUnit = O::kUnit;
@@ -136,9 +135,8 @@ struct Matmul {
     }
   }
 
-  // ---- Direct: few tokens; each weight goes from the table to the sums ----------------------------------------------
-
-  // y of one tile's rows, beginning with row `tile`, and of kTokens tokens, beginning with `token`.
+  // Few tokens: each weight goes from the table to the sums. y of one tile's rows, which begin with row `tile`, and of
+  // kTokens tokens, which begin with `token`.
   template <DType dtype, class O, int kTokens>
   static void DirectTokens(const MatmulArgs& args, int64_t tile, const uint16_t* tile_pairs, int64_t token) {
     constexpr int kRows = DirectBlock(S::kIsa, kTokens).rows;
@@ -154,7 +152,8 @@ struct Matmul {
       }
       for (int64_t slab = 0; slab < p.k; slab += kSlab) {
         const int64_t length = SlabLength(p.k, slab);
-        pairs.template Load<dtype>(tile_pairs + slab / p.group_size * (2 * kTileRows), length / p.group_size, first_row);
+        pairs.template Load<dtype>(tile_pairs + slab / p.group_size * (2 * kTileRows), length / p.group_size,
+                                   first_row);
         const float* x = args.x + slab * args.tokens + token * length;
         for (int64_t k = slab; k < slab + length; k += O::kUnit, x += O::kUnit) {
           const uint32_t* unit = tile_words + k / O::kTileK * O::kTileWords + first_row * O::kRowWords;
@@ -210,9 +209,8 @@ struct Matmul {
     if constexpr (kTokens > 1) DirectAtMost<dtype, O, kTokens - 1>(tokens, args, tile, pairs, token);
   }
 
-  // ---- Panel: many tokens; a slab of one tile's rows is written to scratch and used for all of them -----------------
-
-  // panel [kPanelRows][kSlab] = the weights of one tile's rows, k = slab .. slab + length - 1.
+  // Many tokens: one slab of a tile's rows is written to a panel and used for all of them.
+  // panel [kPanelRows][kSlab] = the weights of the rows, k = slab .. slab + length - 1.
   template <DType dtype, class O>
   static void FillPanel(const MatmulArgs& args, int64_t tile, const uint16_t* tile_pairs, int64_t slab, int64_t length,
                         float* panel) {
@@ -315,8 +313,6 @@ struct Matmul {
       }
     }
   }
-
-  // ---- The choice of the template -----------------------------------------------------------------------------------
 
   // f(dtype, order), both as types.
   template <class F>

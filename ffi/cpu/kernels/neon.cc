@@ -79,11 +79,9 @@ struct Neon {
     if constexpr (dtype == DType::kFloat16) {
       return vcvt_f32_f16(vcvt_f16_f32(sum));
     } else {
-      // A NaN here has its low half clear, as its bfloat16 origin had, so that the sum does not carry it away.
-      const uint32x4_t bits = vreinterpretq_u32_f32(sum);
-      const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-      const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7FFF)), odd);
-      return vreinterpretq_f32_u32(vandq_u32(rounded, vdupq_n_u32(0xFFFF0000u)));
+      const Float power = vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(sum), vdupq_n_u32(0x7F800000u)));
+      const Float shift = vdupq_n_f32(kRoundingShift);
+      return vfmsq_f32(vfmaq_f32(sum, power, shift), power, shift);
     }
   }
 
@@ -94,8 +92,12 @@ struct Neon {
     const Float zero = WidenFour<dtype>(pairs.val[1]);
     vst1q_f32(scales, scale);
     vst1q_f32(zeros, zero);
-    const uint32x4_t small = vcltq_f32(vabsq_f32(zero), vmulq_n_f32(vabsq_f32(scale), DoubleRoundingLimit(dtype)));
-    const uint32x4_t suspect = vbicq_u32(small, vceqzq_f32(zero));
+    const Float scale_size = vabsq_f32(scale);
+    const Float zero_size = vabsq_f32(zero);
+    const uint32x4_t tiny = vcltq_f32(zero_size, vmulq_n_f32(scale_size, DoubleRoundingLimit(dtype)));
+    const Float limit = vdupq_n_f32(kFastLimit);
+    const uint32x4_t fast = vandq_u32(vcltq_f32(scale_size, limit), vcltq_f32(zero_size, limit));
+    const uint32x4_t suspect = vornq_u32(vbicq_u32(tiny, vceqzq_f32(zero)), fast);
     const uint32x4_t bit = {1, 2, 4, 8};
     return vaddvq_u32(vandq_u32(suspect, bit));
   }

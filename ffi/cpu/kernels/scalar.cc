@@ -59,8 +59,8 @@ struct Scalar {
         const int tile = word / (4 * O::kUnitWordsPerLane);
         const int lane = word / O::kUnitWordsPerLane % 4;
         const int in_lane = part * O::kUnitWordsPerLane + word % O::kUnitWordsPerLane;
-        words[v].lane[i] = row[tile * O::kTileWords + lane * O::kWordsPerLane + in_lane] >>
-                           (4 * O::kSteps * (i % O::kParts));
+        words[v].lane[i] =
+            row[tile * O::kTileWords + lane * O::kWordsPerLane + in_lane] >> (4 * O::kSteps * (i % O::kParts));
       }
     }
   }
@@ -85,8 +85,8 @@ struct Scalar {
       zeros[row] = int4mm::Widen(dtype, scales_and_zeros[2 * row + 1]);
       const float scale = std::fabs(scales[row]);
       const float zero = std::fabs(zeros[row]);
-      const bool overflows = scale >= 0x1p124f;  // (q - 8) * scale does, though the sum may not.
-      if (overflows || (zero != 0 && zero < DoubleRoundingLimit(dtype) * scale)) suspects |= 1u << row;
+      const bool fast = scale < kFastLimit && zero < kFastLimit;
+      if (!fast || (zero != 0 && zero < DoubleRoundingLimit(dtype) * scale)) suspects |= 1u << row;
     }
     return suspects;
   }

@@ -11,8 +11,8 @@
 
 namespace int4mm::cpu::x86 {
 
-// The scales and zeros of four neighbouring rows, which alternate in memory. Returns a mask of the rows whose zero is so
-// small beside the scale that rounding twice may show.
+// The scales and zeros of four neighbouring rows, which alternate in memory. Returns a mask of the rows that need
+// ExactTable.
 template <DType dtype>
 [[gnu::always_inline]] inline unsigned LoadPairs(const uint16_t* scales_and_zeros, float* scales, float* zeros) {
   const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales_and_zeros));
@@ -22,17 +22,20 @@ template <DType dtype>
     scale = _mm_castsi128_ps(_mm_slli_epi32(pairs, 16));
     zero = _mm_castsi128_ps(_mm_and_si128(pairs, _mm_set1_epi32(static_cast<int>(0xFFFF0000u))));
   } else {
-    const __m128i sorted =
-        _mm_shuffle_epi8(pairs, _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    const __m128i sorted = _mm_shuffle_epi8(pairs, _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
     scale = _mm_cvtph_ps(sorted);
     zero = _mm_cvtph_ps(_mm_unpackhi_epi64(sorted, sorted));
   }
   _mm_storeu_ps(scales, scale);
   _mm_storeu_ps(zeros, zero);
   const __m128 sign = _mm_set1_ps(-0.0f);
-  const __m128 limit = _mm_mul_ps(_mm_andnot_ps(sign, scale), _mm_set1_ps(DoubleRoundingLimit(dtype)));
-  const __m128 small = _mm_cmplt_ps(_mm_andnot_ps(sign, zero), limit);
-  return static_cast<unsigned>(_mm_movemask_ps(_mm_and_ps(small, _mm_cmpneq_ps(zero, _mm_setzero_ps()))));
+  const __m128 scale_size = _mm_andnot_ps(sign, scale);
+  const __m128 zero_size = _mm_andnot_ps(sign, zero);
+  const __m128 tiny = _mm_cmplt_ps(zero_size, _mm_mul_ps(scale_size, _mm_set1_ps(DoubleRoundingLimit(dtype))));
+  const __m128 not_zero = _mm_cmpneq_ps(zero, _mm_setzero_ps());
+  const __m128 limit = _mm_set1_ps(kFastLimit);
+  const __m128 large = _mm_or_ps(_mm_cmpnlt_ps(scale_size, limit), _mm_cmpnlt_ps(zero_size, limit));
+  return static_cast<unsigned>(_mm_movemask_ps(_mm_or_ps(_mm_and_ps(tiny, not_zero), large)));
 }
 
 template <DType dtype>

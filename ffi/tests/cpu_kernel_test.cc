@@ -11,6 +11,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -176,6 +177,32 @@ std::string Name(const Problem& p) {
   return name.str();
 }
 
+// float16 pairs of scale and zero for which the f32 sum of some weight is inexact and a midpoint of float16, although
+// the zero is as large as 2^-11 of the scale: rounding that sum again is wrong for about half of them. They are so rare
+// that random cases miss them.
+const std::vector<std::pair<double, double>>& InexactMidpoints() {
+  static const std::vector<std::pair<double, double>> pairs = [] {
+    std::vector<std::pair<double, double>> found;
+    for (int s = 1024; s < 2048; ++s) {
+      for (int z = 1024; z < 2048; ++z) {
+        const double scale = std::ldexp(s, -10);
+        const double zero = std::ldexp(z, -21);
+        for (int q = 0; q < 16; ++q) {
+          const double sum = (q - 8) * scale + zero;
+          const float rounded = static_cast<float>(sum);
+          uint32_t bits;
+          std::memcpy(&bits, &rounded, sizeof(bits));
+          if (rounded == sum || (bits & 0x1FFF) != 0x1000) continue;
+          found.emplace_back(scale, zero);
+          break;
+        }
+      }
+    }
+    return found;
+  }();
+  return pairs;
+}
+
 void FillScales(Case& c, Scales scales, std::mt19937_64& random) {
   const Problem& p = c.problem;
   std::normal_distribution<double> normal;
@@ -193,6 +220,11 @@ void FillScales(Case& c, Scales scales, std::mt19937_64& random) {
         const int down = std::uniform_int_distribution<int>(8, p.dtype == DType::kBFloat16 ? 34 : 14)(random);
         scale = round(std::ldexp(1 + std::fabs(normal(random)), p.dtype == DType::kBFloat16 ? 0 : 8));
         zero = round(std::ldexp(scale * normal(random), -down));
+        if (p.dtype == DType::kFloat16 && choice < 5) {
+          const auto& pairs = InexactMidpoints();
+          std::tie(scale, zero) = pairs[std::uniform_int_distribution<size_t>(0, pairs.size() - 1)(random)];
+          if (choice % 2 == 0) scale = -scale;
+        }
       }
       if (scales == Scales::kSubnormal) {
         scale = round(std::ldexp(normal(random), SmallestExponent(p.dtype) - 2));
@@ -386,8 +418,8 @@ void TestFlushToZero(const std::vector<Isa>& isas, std::mt19937_64& random) {
     Fill(c, Scales::kSubnormal, random);
     for (const Isa isa : isas) {
       const std::vector<uint16_t> y = Run(c, isa, m, 1);
-      EXPECT(std::any_of(y.begin(), y.end(), [](uint16_t v) { return (v & 0x7FFF) != 0 && (v & 0x7F80) == 0; }))
-          << "the case is meant to have subnormal outputs";
+      EXPECT(std::any_of(y.begin(), y.end(), [](uint16_t v) { return (v & 0x7FFF) != 0; }))
+          << "flushed weights would make all of y zero, which this case must not be by itself";
       const uint64_t before = FloatControl();
       SetFloatControl(before | kFlushBits);
       const std::vector<uint16_t> flushed = Run(c, isa, m, 1);

@@ -17,7 +17,7 @@ import jax_int4mm as i4
 from jax_int4mm.ops import _ffi
 from kernels import CUDA_IMPLEMENTATIONS, Kernel, int4_weight
 
-FORMATS = pytest.mark.parametrize(("dtype", "group_size", "inner_k_tiles"), cases.FORMATS, ids=lambda value: str(value))
+FORMATS = pytest.mark.parametrize(("dtype", "group_size", "inner_k_tiles"), cases.FORMATS, ids=str)
 
 
 def assert_right(kernel: Kernel, xs: list[np.ndarray], weight: cases.Weight, device: jax.Device | None) -> None:
@@ -59,7 +59,7 @@ def test_the_identity_reads_off_the_weight_that_dequantize_returns(
     if kernel.weights(weight) != "rounded":
         pytest.skip(f"{kernel} states that it does not round weights")
     identity = np.eye(weight.k).astype(dtype)
-    # One row at a time is another path of every kernel, and every row of w needs only some of them.
+    # One row of x takes another path than many; any few of the rows show whether it rounds alike.
     one_row = rng.integers(0, weight.k, 3)
     y, *rows = kernel.multiply([identity, *(identity[i : i + 1] for i in one_row)], weight)
     # Values, since a sum that begins at +0 turns a weight of -0 into +0.

@@ -23,17 +23,22 @@ NARROW = "test_golden_cases and not reference and (n24_k640 or n128_k512 or n32_
 SELECTIONS = {"memcheck": WIDE, "racecheck": NARROW, "initcheck": NARROW}
 FOUND = 9  # compute-sanitizer's exit code where it found something.
 
+# Writes one float `past` bytes beyond the end of a JAX array of 4 KiB.
 OVERRUN = """
+import sys
 import cupy, jax.numpy as jnp
 y = jnp.zeros(1024, jnp.float32)
-kernel = cupy.RawKernel('extern "C" __global__ void overrun(float* y, int i) { y[i] = 1; }', "overrun")
-kernel((1,), (1,), (cupy.uint64(y.unsafe_buffer_pointer()), cupy.int32(1024)))
+y.block_until_ready()
+kernel = cupy.RawKernel('extern "C" __global__ void overrun(char* y, long long i) { *(float*)(y + i) = 1; }', "overrun")
+kernel((1,), (1,), (cupy.uint64(y.unsafe_buffer_pointer()), cupy.int64(y.nbytes + int(sys.argv[1]))))
 cupy.cuda.runtime.deviceSynchronize()
+print("the overrun was written and nobody saw it")
 """
+PAST = (0, 2 << 20)  # Right behind the array, and behind what a driver that maps 2 MiB pages would give it.
 
 
 def run(tool: str, command: list[str]) -> tuple[int, str]:
-    """Exit code and the closing lines of a command under a tool of compute-sanitizer."""
+    """Exit code and what matters of the output of a command under a tool of compute-sanitizer."""
     environment = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     result = subprocess.run(
         ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, *command],
@@ -42,9 +47,15 @@ def run(tool: str, command: list[str]) -> tuple[int, str]:
         check=False,
         env=environment,
     )
-    lines = [line for line in (result.stdout + result.stderr).splitlines() if "SUMMARY" in line or " passed" in line]
-    lines += [line for line in result.stdout.splitlines() if "Invalid" in line or "hazard" in line][:3]
-    return result.returncode, "\n".join(f"  {line.strip('= ')}" for line in lines)
+    lines = (result.stdout + result.stderr).splitlines()
+    kept = [line for line in lines if "SUMMARY" in line or " passed" in line or "nobody saw" in line]
+    # A finding is several lines: the first ones say what it is, and which two accesses a hazard is between.
+    findings = [i for i, line in enumerate(lines) if "Invalid" in line or "Race reported" in line]
+    for i in findings[:3]:
+        kept += lines[i : i + 4]
+    if result.returncode not in (0, FOUND):
+        kept += lines[-5:]
+    return result.returncode, "\n".join(f"  {line.strip('= ')}" for line in kept)
 
 
 def main() -> None:
@@ -55,9 +66,12 @@ def main() -> None:
     version = subprocess.run(["compute-sanitizer", "--version"], capture_output=True, text=True, check=True)
     report = [version.stdout.strip().splitlines()[-1]]
 
-    code, said = run("memcheck", ["-c", OVERRUN])
-    report.append(f"planted overrun of a JAX array, memcheck: {'caught' if code == FOUND else 'NOT CAUGHT'}\n{said}")
-    failed = code != FOUND
+    failed = False
+    for past in PAST:
+        code, said = run("memcheck", ["-c", OVERRUN, str(past)])
+        verdict = "caught" if code == FOUND else f"NOT CAUGHT (exit code {code})"
+        report.append(f"planted overrun of a JAX array, {past} bytes past its end, memcheck: {verdict}\n{said}")
+        failed |= code != FOUND
     for tool, selection in SELECTIONS.items():
         code, said = run(tool, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", TESTS, "-k", selection])
         verdict = "clean" if code == 0 else f"exit code {code}"

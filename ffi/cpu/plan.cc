@@ -58,7 +58,7 @@ StatusOr<Plan> PlanTile(const Problem& problem, Isa isa, std::string_view implem
     names += (names.empty() ? "\"" : ", \"") + LaunchName(plan) + "\"";
   }
   return Unimplemented() << "int4pack_mm: implementation \"" << implementation << "\" names no tile for "
-                         << (problem.m == kUnknownM ? "every m" : "m = " + std::to_string(problem.m)) << "; there is "
+                         << (problem.m == kUnknownM ? "every m" : "m = " + std::to_string(problem.m)) << "; it has "
                          << names << ". Leave the tile out to choose.";
 }
 

@@ -1,6 +1,7 @@
 #include "cpu/parallel.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <mutex>
@@ -62,16 +63,20 @@ void TestWritesAreVisible() {
   for (size_t i = 0; i < values.size(); ++i) EXPECT(values[i] == 20 * static_cast<int64_t>(i)) << i;
 }
 
-// No two tasks at once have the same worker: each worker may own scratch memory.
+// Tasks that run at once have different workers, so that each worker may own scratch memory.
 void TestWorkersAreExclusive() {
-  StdThreadPool pool(4);
-  std::vector<int64_t> scratch(4);
-  ParallelFor(pool, 2000, 4, [&](int64_t, int64_t worker) {
-    const int64_t before = scratch[static_cast<size_t>(worker)];
-    std::this_thread::yield();
-    scratch[static_cast<size_t>(worker)] = before + 1;
+  constexpr int kThreads = 4;
+  StdThreadPool pool(kThreads);
+  std::atomic<int> arrived{0};
+  std::vector<int64_t> worker_of(kThreads, -1);
+  ParallelFor(pool, kThreads, kThreads, [&](int64_t task, int64_t worker) {
+    worker_of[static_cast<size_t>(task)] = worker;
+    // Until every thread has a task none can take another.
+    for (++arrived; arrived < kThreads;) std::this_thread::yield();
   });
-  EXPECT(scratch[0] + scratch[1] + scratch[2] + scratch[3] == 2000) << "two threads had one worker's index";
+  std::sort(worker_of.begin(), worker_of.end());
+  EXPECT((worker_of == std::vector<int64_t>{0, 1, 2, 3}))
+      << "workers " << worker_of[0] << ", " << worker_of[1] << ", " << worker_of[2] << ", " << worker_of[3];
 }
 
 void TestNoTasks() {

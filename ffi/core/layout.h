@@ -7,9 +7,9 @@
 
 namespace int4mm::layout {
 
-inline constexpr int64_t kTileN = 8;         // Rows of n in one tile: the columns of an mma.m16n8k16 B fragment.
-inline constexpr int64_t kLanes = 32;        // One warp reads one tile.
-inline constexpr int64_t kWordK = 32;        // A word holds 8 nibbles of one row, spread over 32 values of k.
+inline constexpr int64_t kTileN = 8;   // Rows of n in one tile: the columns of an mma.m16n8k16 B fragment.
+inline constexpr int64_t kLanes = 32;  // One warp reads one tile.
+inline constexpr int64_t kWordK = 32;  // A word holds 8 nibbles of one row, spread over 32 values of k.
 inline constexpr int64_t kNibblesPerWord = 8;
 
 // Values of k in one tile: 16 * inner_k_tiles.
@@ -34,9 +34,7 @@ constexpr int64_t WordIndex(int64_t n, int64_t k, int64_t size_k, int64_t inner_
 
 // The least significant bit of the nibble of q[n][k] in its word: even k in the low half in the order k, k+8, k+16,
 // k+24 and odd k in the high half, so that (word >> 4 * i) & 0x000F000F is a pair of neighbours in k.
-constexpr int BitOffset(int64_t k) {
-  return static_cast<int>(16 * (k & 1) + 8 * ((k >> 4) & 1) + 4 * ((k >> 3) & 1));
-}
+constexpr int BitOffset(int64_t k) { return static_cast<int>(16 * (k & 1) + 8 * ((k >> 4) & 1) + 4 * ((k >> 3) & 1)); }
 
 constexpr uint32_t Nibble(uint32_t word, int64_t k) { return (word >> BitOffset(k)) & 0xFu; }
 

@@ -19,8 +19,8 @@ struct Problem {
   int64_t m = 0;
   int64_t n = 0;
   int64_t k = 0;
-  int64_t group_size = 0;     // 32, 64, 128 or 256.
-  int64_t inner_k_tiles = 0;  // 2, 4 or 8.
+  int64_t group_size = 0;          // 32, 64, 128 or 256.
+  int64_t inner_k_tiles = 0;       // 2, 4 or 8.
   DType dtype = DType::kBFloat16;  // Of x, scales_and_zeros and y.
 };
 
@@ -32,7 +32,8 @@ struct Operands {
   uint16_t* y = nullptr;                       // [m, n]
 };
 
-// Checks the rules that no kernel relaxes: sizes, divisibility, group size and inner_k_tiles. m = 0 and kUnknownM are legal.
+// Checks the rules that no kernel relaxes: sizes, divisibility, group size and inner_k_tiles. m = 0 and kUnknownM are
+// legal.
 Status Validate(const Problem& problem);
 
 }  // namespace int4mm

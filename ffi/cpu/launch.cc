@@ -15,7 +15,10 @@ constexpr int64_t kCacheLine = 64;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t WholeLines(int64_t bytes) { return CeilDiv(bytes, kCacheLine) * kCacheLine; }
+int64_t WholeLines(int64_t floats) {
+  constexpr int64_t kFloatsPerLine = kCacheLine / static_cast<int64_t>(sizeof(float));
+  return CeilDiv(floats, kFloatsPerLine) * kFloatsPerLine;
+}
 
 const Kernel& KernelOf(Isa isa) {
   switch (isa) {
@@ -46,13 +49,13 @@ Status Launch(const Problem& problem, const Plan& plan, const Operands& operands
   const int64_t tasks = CeilDiv(problem.n, plan.rows_per_task);
   const int64_t workers = std::max(std::min(pool.num_threads(), tasks), int64_t{1});
 
-  const int64_t activations = WholeLines(tokens * problem.k * static_cast<int64_t>(sizeof(float)));
   const int64_t rows = plan.rows_per_task;
-  const int64_t scratch = WholeLines(plan.panel ? PanelScratchBytes(problem, rows, tokens, kernel.lanes)
-                                                : DirectScratchBytes(problem, rows));
-  const int64_t bytes = activations + workers * scratch;
-  const std::unique_ptr<char, Free> buffer(
-      static_cast<char*>(std::aligned_alloc(kCacheLine, static_cast<size_t>(bytes))));
+  const int64_t activations = WholeLines(tokens * problem.k);
+  const int64_t scratch = WholeLines(plan.panel ? PanelScratchFloats(tokens, kernel.lanes)
+                                                : DirectScratchFloats(rows, tokens, kernel.lanes));
+  const int64_t bytes = (activations + workers * scratch) * static_cast<int64_t>(sizeof(float));
+  const std::unique_ptr<float, Free> buffer(
+      static_cast<float*>(std::aligned_alloc(kCacheLine, static_cast<size_t>(bytes))));
   if (buffer == nullptr) {
     return Internal() << "int4pack_mm: no memory for " << bytes
                       << " bytes of activations and dequantised weights. Split x along m, or free memory.";
@@ -61,7 +64,7 @@ Status Launch(const Problem& problem, const Plan& plan, const Operands& operands
   MatmulArgs args;
   args.problem = problem;
   args.operands = operands;
-  args.x = reinterpret_cast<float*>(buffer.get());
+  args.x = buffer.get();
   for (args.first_token = 0; args.first_token < problem.m; args.first_token += tokens) {
     args.tokens = std::min(tokens, problem.m - args.first_token);
     const int64_t step = std::max(kActivationsPerTask / problem.k, int64_t{1});

@@ -489,9 +489,9 @@ void TestLargeOffsets(std::mt19937_64& random) {
   }
   const std::vector<uint16_t> expected_y = Run(expected, Isa::kScalar, 1, 1);
   std::vector<float> ordered(static_cast<size_t>(large.k));
-  const int64_t scratch_bytes = PanelScratchBytes(large, 8, 1, kScalarKernel.lanes);
-  const std::unique_ptr<void, void (*)(void*)> scratch(
-      std::aligned_alloc(64, static_cast<size_t>((scratch_bytes + 63) / 64 * 64)), std::free);
+  const int64_t scratch_floats = PanelScratchFloats(1, kScalarKernel.lanes);
+  const std::unique_ptr<float, void (*)(void*)> scratch(
+      static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(scratch_floats) * sizeof(float))), std::free);
   MatmulArgs args;
   args.problem = large;
   args.operands = {x.data(), packed.data(), scales_and_zeros.data(), y.data()};

@@ -16,10 +16,10 @@ namespace int4mm::cpu {
 //   beside the scale. All pairs of significands at all distances of exponents were tried. bf16: none at
 //   |zero| > 2^-21.2 |scale|. f16: none but for 161 pairs between 2^-11 and 2^-10.1;
 // - where the shift overflows, and for infinities and NaN.
-// The rows for which NeedsExactTable holds therefore come here.
+// Such rows come here, and a few more: those with (zero != 0 and |zero| < DoubleRoundingLimit(dtype) * |scale|) or not
+// (|scale| < kFastLimit and |zero| < kFastLimit).
 void ExactTable(DType dtype, float scale, float zero, float* table);
 
-// NeedsExactTable: (zero != 0 and |zero| < DoubleRoundingLimit(dtype) * |scale|) or not |scale|, |zero| < kFastLimit.
 constexpr float DoubleRoundingLimit(DType dtype) { return dtype == DType::kBFloat16 ? 0x1p-20f : 0x1p-10f; }
 inline constexpr float kFastLimit = 0x1p100f;
 inline constexpr float kRoundingShift = 0x1.8p16f;

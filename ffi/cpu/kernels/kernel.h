@@ -22,21 +22,16 @@ struct Kernel {
   // Fills args.x for one token of 0 .. args.tokens-1.
   void (*order_activations)(const MatmulArgs& args, int64_t token);
   // y for rows [row_begin, row_end), both multiples of 8, and at most MaxDirectTokens tokens.
-  void (*direct)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, void* scratch);
+  void (*direct)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
   // y for rows [row_begin, row_end), both multiples of 8, and any number of tokens.
-  void (*panel)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, void* scratch);
+  void (*panel)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
   int lanes;  // f32 values in one vector.
 };
 
-// The size of `scratch`, which is aligned to a cache line, contents undefined: the scales and zeros of `rows` rows, and
-// for the panel kernel a panel and its sums.
-constexpr int64_t DirectScratchBytes(const Problem& problem, int64_t rows) {
-  return problem.k / problem.group_size * rows * 2 * static_cast<int64_t>(sizeof(uint16_t));
-}
-constexpr int64_t PanelScratchBytes(const Problem& problem, int64_t rows, int64_t tokens, int lanes) {
-  return DirectScratchBytes(problem, rows) +
-         kPanelRows * (kSlab + tokens * lanes) * static_cast<int64_t>(sizeof(float));
-}
+// The size of `scratch`, which is aligned to a cache line, contents undefined: the sums, one vector each, and for the
+// panel kernel a panel.
+constexpr int64_t DirectScratchFloats(int64_t rows, int64_t tokens, int lanes) { return rows * tokens * lanes; }
+constexpr int64_t PanelScratchFloats(int64_t tokens, int lanes) { return kPanelRows * (kSlab + tokens * lanes); }
 
 extern const Kernel kScalarKernel;
 extern const Kernel kAvx2Kernel;

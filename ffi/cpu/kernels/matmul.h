@@ -39,6 +39,8 @@ struct Matmul {
   static constexpr int kLanes = S::kLanes;
   static constexpr int kTileRows = static_cast<int>(layout::kTileN);
 
+  static constexpr int64_t kWordsPerK = kTileRows / layout::kNibblesPerWord;  // Of one tile's rows.
+
   static int64_t SlabLength(int64_t k, int64_t slab_begin) { return k - slab_begin < kSlab ? k - slab_begin : kSlab; }
 
   // The scales and zeros of kRows neighbouring rows in the groups of one slab.
@@ -49,12 +51,15 @@ struct Matmul {
     float zeros[kGroups][kRows];
     unsigned suspects[kGroups];  // A mask of the rows for which S::MakeTable may be wrong.
 
-    // `pairs` [groups of the slab][kTileRows][2] are those of one tile, of which the rows from first_row are taken.
+    // Of the slab that begins with k = `slab`, and of rows n .. n + kRows - 1.
     template <DType dtype>
-    void Load(const uint16_t* pairs, int64_t groups, int first_row) {
+    void Load(const MatmulArgs& args, int64_t n, int64_t slab, int64_t length) {
       static_assert(kRows % 4 == 0);
-      pairs += 2 * first_row;
-      for (int64_t group = 0; group < groups; ++group, pairs += 2 * kTileRows) {
+      const Problem& p = args.problem;
+      const uint16_t* pairs = args.operands.scales_and_zeros + layout::ScaleIndex(slab / p.group_size, n, p.n);
+      const int64_t next_slab = slab + kSlab < p.k ? kSlab / p.group_size * 2 * p.n : 0;
+      for (int64_t group = 0; group < length / p.group_size; ++group, pairs += 2 * p.n) {
+        __builtin_prefetch(pairs + next_slab);
         suspects[group] = 0;
         for (int row = 0; row < kRows; row += 4) {
           suspects[group] |= S::template LoadPairs<dtype>(pairs + 2 * row, scales[group] + row, zeros[group] + row)
@@ -93,23 +98,6 @@ struct Matmul {
     return static_cast<int>(p.group_size == 256 ? k_in_slab / 256 : k_in_slab / O::kUnit);
   }
 
-  // Copies the scales and zeros of rows [row_begin, row_end) to pairs [tile][group][kTileRows][2]. In the operand a
-  // tile's next group lies 4 * n bytes away, often in the same set of the cache and always beyond what is prefetched:
-  // read in the midst of the products, they took a third of the time at m = 1 and group_size 32; so, a quarter.
-  static void GatherPairs(const MatmulArgs& args, int64_t row_begin, int64_t row_end, uint16_t* pairs) {
-    const int64_t n = args.problem.n;
-    const int64_t groups = args.problem.k / args.problem.group_size;
-    for (int64_t group = 0; group < groups; ++group) {
-      const uint16_t* source = args.operands.scales_and_zeros + layout::ScaleIndex(group, row_begin, n);
-      uint16_t* out = pairs + 2 * kTileRows * group;
-      for (int64_t tile = row_begin; tile < row_end; tile += kTileRows) {
-        std::memcpy(out, source, 2 * kTileRows * sizeof(uint16_t));
-        source += 2 * kTileRows;
-        out += 2 * kTileRows * groups;
-      }
-    }
-  }
-
   // Widens one token of x and puts each unit of it into the order of the weights.
   template <DType dtype, class O>
   static void OrderActivations(const MatmulArgs& args, int64_t token) {
@@ -135,90 +123,103 @@ struct Matmul {
     }
   }
 
-  // Few tokens: each weight goes from the table to the sums. y of one tile's rows, which begin with row `tile`, and of
-  // kTokens tokens, which begin with `token`.
+  // Few tokens: each weight goes from the table to the sums. Slab by slab for all rows of the task, so that the slab of
+  // x stays in the first cache, and whole cache lines of scales and zeros, which lie 4 * n bytes apart, are used at
+  // once.
+  template <DType dtype, class O>
+  static void Direct(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
+    constexpr int kMostTokens = DirectBlock(S::kIsa, MaxDirectTokens(S::kIsa)).tokens;
+    const Problem& p = args.problem;
+    const int64_t block = DirectBlock(S::kIsa, static_cast<int>(args.tokens)).tokens;
+    for (int64_t slab = 0; slab < p.k; slab += kSlab) {
+      float* sums = scratch;  // [tile][token][kTileRows][kLanes]
+      for (int64_t tile = row_begin; tile < row_end; tile += kTileRows) {
+        for (int64_t token = 0; token < args.tokens; token += block) {
+          const int64_t tokens = args.tokens - token < block ? args.tokens - token : block;
+          DirectAtMost<dtype, O, kMostTokens>(tokens, args, tile, slab, token, sums);
+          sums += tokens * kTileRows * kLanes;
+        }
+      }
+    }
+    const float* sum = scratch;
+    for (int64_t tile = row_begin; tile < row_end; tile += kTileRows) {
+      for (int64_t token = 0; token < args.tokens; ++token) {
+        uint16_t* y = args.operands.y + (args.first_token + token) * p.n + tile;
+        for (int r = 0; r < kTileRows; ++r, sum += kLanes) y[r] = S::template Narrow<dtype>(S::Sum(S::Load(sum)));
+      }
+    }
+  }
+
   template <DType dtype, class O, int kTokens>
-  static void DirectTokens(const MatmulArgs& args, int64_t tile, const uint16_t* tile_pairs, int64_t token) {
+  static void DirectAtMost(int64_t tokens, const MatmulArgs& args, int64_t tile, int64_t slab, int64_t token,
+                           float* sums) {
+    if (tokens == kTokens) return DirectTokens<dtype, O, kTokens>(args, tile, slab, token, sums);
+    if constexpr (kTokens > 1) DirectAtMost<dtype, O, kTokens - 1>(tokens, args, tile, slab, token, sums);
+  }
+
+  // Asks for the words of a tile's rows in one unit: of slabs of 2 KiB the hardware makes no stream.
+  template <class O>
+  static void PrefetchUnit(const uint32_t* words) {
+    constexpr int kLine = 64 / sizeof(uint32_t);
+    for (int i = 0; i < kTileRows * O::kWords; i += kLine) __builtin_prefetch(words + i);
+  }
+
+  // sums [kTokens][kTileRows][kLanes] (+)= the products of one slab, of one tile's rows and kTokens tokens.
+  template <DType dtype, class O, int kTokens>
+  static void DirectTokens(const MatmulArgs& args, int64_t tile, int64_t slab, int64_t token, float* sums) {
     constexpr int kRows = DirectBlock(S::kIsa, kTokens).rows;
     const Problem& p = args.problem;
-    SlabPairs<O, kRows> pairs;
-
+    const int64_t length = SlabLength(p.k, slab);
     const uint32_t* tile_words = args.operands.packed + tile / kTileRows * (p.k / O::kTileK) * O::kTileWords;
-    for (int first_row = 0; first_row < kTileRows; first_row += kRows) {
-      const int64_t n = tile + first_row;
-      Float sums[kRows][kTokens];
-      for (auto& row : sums) {
-        for (Float& sum : row) sum = S::Zero();
+    const uint32_t* next_slab = tile_words + (slab + kSlab < p.k ? slab + kSlab : slab) * kWordsPerK;
+    const float* first_x = args.x + slab * args.tokens + token * length;
+    SlabPairs<O, kRows> pairs;
+    for (int first_row = 0; first_row < kTileRows; first_row += kRows, sums += kRows * kLanes) {
+      pairs.template Load<dtype>(args, tile + first_row, slab, length);
+      Float sum[kRows][kTokens];
+      for (int r = 0; r < kRows; ++r) {
+        for (int t = 0; t < kTokens; ++t) {
+          sum[r][t] = slab == 0 ? S::Zero() : S::Load(sums + (t * kTileRows + r) * kLanes);
+        }
       }
-      for (int64_t slab = 0; slab < p.k; slab += kSlab) {
-        const int64_t length = SlabLength(p.k, slab);
-        pairs.template Load<dtype>(tile_pairs + slab / p.group_size * (2 * kTileRows), length / p.group_size,
-                                   first_row);
-        const float* x = args.x + slab * args.tokens + token * length;
-        for (int64_t k = slab; k < slab + length; k += O::kUnit, x += O::kUnit) {
-          const uint32_t* unit = tile_words + k / O::kTileK * O::kTileWords + first_row * O::kRowWords;
-          const int part = O::kWholeTiles ? 0 : static_cast<int>(k % O::kTileK / O::kUnit);
-          Table tables[kRows];
-          pairs.template MakeTables<dtype>(GroupInSlab<O>(p, k - slab), tables);
-          Words words[kRows][O::kWordVectors];
-          for (int r = 0; r < kRows; ++r) {
-            S::template LoadUnit<O>(unit + r * O::kRowWords, part, words[r]);
-          }
-          for (int v = 0; v < O::kWordVectors; ++v) {
-            for (int step = 0; step < O::kSteps; ++step) {
-              Float activations[kTokens];
-              for (int t = 0; t < kTokens; ++t) {
-                activations[t] = S::Load(x + t * length + (v * O::kSteps + step) * kLanes);
-              }
-              for (int r = 0; r < kRows; ++r) {
-                const Float weights = S::Lookup(tables[r], words[r][v]);
-                words[r][v] = S::NextNibble(words[r][v]);
-                for (int t = 0; t < kTokens; ++t) {
-                  sums[r][t] = S::MultiplyAdd(weights, activations[t], sums[r][t]);
-                }
-              }
+      const float* x = first_x;
+      for (int64_t k = slab; k < slab + length; k += O::kUnit, x += O::kUnit) {
+        const uint32_t* unit = tile_words + k / O::kTileK * O::kTileWords + first_row * O::kRowWords;
+        const int part = O::kWholeTiles ? 0 : static_cast<int>(k % O::kTileK / O::kUnit);
+        if (first_row == 0) PrefetchUnit<O>(next_slab + (k - slab) * kWordsPerK);
+        Table tables[kRows];
+        pairs.template MakeTables<dtype>(GroupInSlab<O>(p, k - slab), tables);
+        Words words[kRows][O::kWordVectors];
+        for (int r = 0; r < kRows; ++r) S::template LoadUnit<O>(unit + r * O::kRowWords, part, words[r]);
+        for (int v = 0; v < O::kWordVectors; ++v) {
+          for (int step = 0; step < O::kSteps; ++step) {
+            Float activations[kTokens];
+            for (int t = 0; t < kTokens; ++t) {
+              activations[t] = S::Load(x + t * length + (v * O::kSteps + step) * kLanes);
+            }
+            for (int r = 0; r < kRows; ++r) {
+              const Float weights = S::Lookup(tables[r], words[r][v]);
+              words[r][v] = S::NextNibble(words[r][v]);
+              for (int t = 0; t < kTokens; ++t) sum[r][t] = S::MultiplyAdd(weights, activations[t], sum[r][t]);
             }
           }
         }
       }
-      for (int t = 0; t < kTokens; ++t) {
-        uint16_t* y = args.operands.y + (args.first_token + token + t) * p.n + n;
-        for (int r = 0; r < kRows; ++r) y[r] = S::template Narrow<dtype>(S::Sum(sums[r][t]));
+      for (int r = 0; r < kRows; ++r) {
+        for (int t = 0; t < kTokens; ++t) S::Store(sums + (t * kTileRows + r) * kLanes, sum[r][t]);
       }
     }
-  }
-
-  template <DType dtype, class O>
-  static void Direct(const MatmulArgs& args, int64_t row_begin, int64_t row_end, void* scratch) {
-    constexpr int kMostTokens = DirectBlock(S::kIsa, MaxDirectTokens(S::kIsa)).tokens;
-    const int64_t block = DirectBlock(S::kIsa, static_cast<int>(args.tokens)).tokens;
-    uint16_t* pairs = static_cast<uint16_t*>(scratch);
-    GatherPairs(args, row_begin, row_end, pairs);
-    for (int64_t tile = row_begin; tile < row_end; tile += kTileRows) {
-      for (int64_t token = 0; token < args.tokens; token += block) {
-        const int64_t left = args.tokens - token;
-        DirectAtMost<dtype, O, kMostTokens>(left < block ? left : block, args, tile, pairs, token);
-      }
-      pairs += args.problem.k / args.problem.group_size * (2 * kTileRows);
-    }
-  }
-
-  template <DType dtype, class O, int kTokens>
-  static void DirectAtMost(int64_t tokens, const MatmulArgs& args, int64_t tile, const uint16_t* pairs, int64_t token) {
-    if (tokens == kTokens) return DirectTokens<dtype, O, kTokens>(args, tile, pairs, token);
-    if constexpr (kTokens > 1) DirectAtMost<dtype, O, kTokens - 1>(tokens, args, tile, pairs, token);
   }
 
   // Many tokens: one slab of a tile's rows is written to a panel and used for all of them.
   // panel [kPanelRows][kSlab] = the weights of the rows, k = slab .. slab + length - 1.
   template <DType dtype, class O>
-  static void FillPanel(const MatmulArgs& args, int64_t tile, const uint16_t* tile_pairs, int64_t slab, int64_t length,
-                        float* panel) {
+  static void FillPanel(const MatmulArgs& args, int64_t tile, int64_t slab, int64_t length, float* panel) {
     static_assert(kPanelRows == kTileRows);
     const Problem& p = args.problem;
     const uint32_t* tile_words = args.operands.packed + tile / kTileRows * (p.k / O::kTileK) * O::kTileWords;
     SlabPairs<O, kPanelRows> pairs;
-    pairs.template Load<dtype>(tile_pairs + slab / p.group_size * (2 * kTileRows), length / p.group_size, 0);
+    pairs.template Load<dtype>(args, tile, slab, length);
     for (int64_t k = slab; k < slab + length; k += O::kUnit) {
       Table tables[kPanelRows];
       pairs.template MakeTables<dtype>(GroupInSlab<O>(p, k - slab), tables);
@@ -269,29 +270,23 @@ struct Matmul {
   }
 
   template <DType dtype, class O>
-  static void Panel(const MatmulArgs& args, int64_t row_begin, int64_t row_end, void* scratch) {
-    float* panel = static_cast<float*>(scratch);
-    float* sums = panel + kPanelRows * kSlab;
-    uint16_t* pairs = reinterpret_cast<uint16_t*>(sums + kPanelRows * args.tokens * kLanes);
-    GatherPairs(args, row_begin, row_end, pairs);
-    for (int64_t tile = row_begin; tile < row_end; tile += kTileRows) {
-      PanelTile<dtype, O>(args, tile, pairs, panel, sums);
-      pairs += args.problem.k / args.problem.group_size * (2 * kTileRows);
-    }
+  static void Panel(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
+    for (int64_t tile = row_begin; tile < row_end; tile += kTileRows) PanelTile<dtype, O>(args, tile, scratch);
   }
 
-  // `sums` holds, for each block of tokens, [kPanelRows][the block's tokens][kLanes].
   template <DType dtype, class O>
-  static void PanelTile(const MatmulArgs& args, int64_t tile, const uint16_t* pairs, float* panel, float* sums) {
+  static void PanelTile(const MatmulArgs& args, int64_t tile, float* scratch) {
     constexpr RegisterBlock kBlock = PanelBlock(S::kIsa);
     const Problem& p = args.problem;
+    float* panel = scratch;
+    float* sums = scratch + kPanelRows * kSlab;  // For each block of tokens: [kPanelRows][the block's tokens][kLanes].
     const auto block_tokens = [&](int64_t token) {
       return args.tokens - token < kBlock.tokens ? args.tokens - token : kBlock.tokens;
     };
 
     for (int64_t slab = 0; slab < p.k; slab += kSlab) {
       const int64_t length = SlabLength(p.k, slab);
-      FillPanel<dtype, O>(args, tile, pairs, slab, length, panel);
+      FillPanel<dtype, O>(args, tile, slab, length, panel);
       for (int64_t token = 0; token < args.tokens; token += kBlock.tokens) {
         const int64_t tokens = block_tokens(token);
         const float* x = args.x + slab * args.tokens + token * length;
@@ -341,11 +336,11 @@ struct Matmul {
     kernel.order_activations = [](const MatmulArgs& args, int64_t token) {
       Dispatch(args.problem, [&](auto dtype, auto order) { OrderActivations<dtype(), decltype(order)>(args, token); });
     };
-    kernel.direct = [](const MatmulArgs& args, int64_t row_begin, int64_t row_end, void* scratch) {
+    kernel.direct = [](const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
       Dispatch(args.problem,
                [&](auto dtype, auto order) { Direct<dtype(), decltype(order)>(args, row_begin, row_end, scratch); });
     };
-    kernel.panel = [](const MatmulArgs& args, int64_t row_begin, int64_t row_end, void* scratch) {
+    kernel.panel = [](const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
       Dispatch(args.problem,
                [&](auto dtype, auto order) { Panel<dtype(), decltype(order)>(args, row_begin, row_end, scratch); });
     };

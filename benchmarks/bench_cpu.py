@@ -1,20 +1,25 @@
 """Times int4pack_mm on this CPU against PyTorch's CPU op and bf16, one call of each in turn.
 
-    python benchmarks/bench_cpu.py --output benchmarks/results/cpu/matmul.csv
+    python benchmarks/bench_cpu.py --output benchmarks/results/cpu-2-cores/matmul.csv
 
 Method: wall time of single calls on the same machine state: every repetition runs each contender once, on the next of
-enough weights to exceed 256 MB, so that weights come from memory and a busy neighbour slows all of them alike. Medians,
-and the ratio of medians to ours. PyTorch's op has a packed form of its own; its weights are packed before the clock
-starts. Both use all cores.
+enough weights to exceed 256 MB, so that weights come from memory and a busy neighbour slows all of them alike. Medians.
+PyTorch's op has a packed form of its own; its weights are packed before the clock starts. All use all cores. OpenMP's
+threads are told not to spin after a call (OMP_WAIT_POLICY=PASSIVE): left to spin, as is PyTorch's default, they hold
+the cores that the next contender needs.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import os
 import pathlib
 import time
 from collections.abc import Callable
+
+# Read when PyTorch loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import jax
 import jax.numpy as jnp

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -60,7 +61,8 @@ def explain(
     if not shape or shape[-1] != w4.k:
         raise ValueError(f"explain: x_shape is {list(shape)}; against {list(w4.shape)} it must be [..., {w4.k}].")
     if device is None:
-        device = jax.config.jax_default_device or jax.devices()[0]
+        config: Any = jax.config  # Not every jax annotates its flags.
+        device = config.jax_default_device or jax.devices()[0]
     gpu = None
     if isinstance(device, str):
         platform = {"gpu": "cuda", "CUDA": "cuda"}.get(device, device)

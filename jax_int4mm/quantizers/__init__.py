@@ -77,8 +77,9 @@ def _check_range(w: jax.Array, dtype: np.dtype) -> None:
     limit = float(jnp.finfo(dtype).max) / 2  # Half of it, so that no group's range overflows.
     if not largest <= limit:
         raise ValueError(
-            f"quantize: the largest |w| is {largest:.4g}; it must be a number of at most {limit:.4g} for scales in {dtype}. "
-            "Remove what is not finite from w; bfloat16 scales (dtype=jnp.bfloat16) represent what float16 does not."
+            f"quantize: the largest |w| is {largest:.4g}; it must be a number of at most {limit:.4g} for scales in "
+            f"{dtype}. Remove what is not finite from w; bfloat16 scales (dtype=jnp.bfloat16) represent what float16 "
+            "does not."
         )
 
 

@@ -12,7 +12,6 @@ the cores that the next contender needs.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import pathlib
 import time
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 
 import jax_int4mm as i4
+from result_table import write_csv
 from shapes import SHAPES
 
 ROTATED_BYTES = 256 * 2**20
@@ -95,11 +95,7 @@ def main() -> None:
                 )
 
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(arguments.output, rows)
 
 
 if __name__ == "__main__":

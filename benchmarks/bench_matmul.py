@@ -13,7 +13,6 @@ Each implementation's result is compared with the reference before it is timed.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import pathlib
 import subprocess
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_int4mm as i4
+from result_table import write_csv
 from shapes import SHAPES
 
 ROTATED_BYTES = 256 * 2**20
@@ -215,11 +215,7 @@ def main() -> None:
             del dense
 
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(arguments.output, rows)
 
 
 if __name__ == "__main__":

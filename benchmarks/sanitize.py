@@ -39,7 +39,7 @@ PAST = (0, 2 << 20)  # Right behind the array, and behind what a driver that map
 
 def run(tool: str, command: list[str]) -> tuple[int, str]:
     """Exit code and what matters of the output of a command under a tool of compute-sanitizer."""
-    environment = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     result = subprocess.run(
         ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, *command],
         capture_output=True,

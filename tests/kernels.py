@@ -14,6 +14,12 @@ import jax_int4mm as i4
 
 CPU_IMPLEMENTATIONS = ("avx512", "avx2", "neon", "scalar")
 CUDA_IMPLEMENTATIONS = (
+    "decode",
+    "decode/32x8x2",
+    "decode/64x8x1",
+    "decode/32x16x2",
+    "decode/32x16x1",
+    "decode/112x16x1",
     "ampere",
     "ampere/16x8",
     "ampere/32x8",
@@ -38,6 +44,10 @@ class Kernel:
     @property
     def device(self) -> jax.Device:
         return jax.devices(self.platform)[0]
+
+    def takes(self, weight: cases.Weight) -> bool:
+        """Whether it is documented to take this layout."""
+        return weight.inner_k_tiles == 8 or not (self.implementation or "").startswith("decode")
 
     def weights(self, weight: cases.Weight) -> str:
         """What explain says that this kernel multiplies by: "rounded" or "exact"."""

@@ -24,7 +24,7 @@ def test_it_describes_every_m(chosen: Kernel, m: int, w4: i4.Int4Weight) -> None
     explanation = i4.explain((m, 200), w4)
     assert explanation == i4.explain((m, 200), w4, chosen.device)
     assert explanation == i4.explain([m, 200], w4, chosen.device, explanation.implementation)
-    assert explanation.implementation in (*_ffi.cpu_implementations(), "ampere")
+    assert explanation.implementation in (*_ffi.cpu_implementations(), "ampere", "decode")
     assert explanation.tile
     assert explanation.weights in ("rounded", "exact")
     assert explanation.workspace_bytes >= 0
@@ -43,9 +43,10 @@ def test_it_needs_shapes_alone(w4: i4.Int4Weight) -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "gpu", "CUDA"])
 def test_a_gpu_is_described_on_any_machine(name: str, w4: i4.Int4Weight) -> None:
-    explanation = i4.explain((16, 200), w4, name)
-    assert explanation.implementation == "ampere"
-    assert explanation == i4.explain((16, 200), w4, name, f"ampere/{explanation.tile}")
+    for m, kernel in ((1, "decode"), (16, "decode"), (17, "ampere"), (4096, "ampere")):
+        explanation = i4.explain((m, 200), w4, name)
+        assert explanation.implementation == kernel
+        assert explanation == i4.explain((m, 200), w4, name, f"{kernel}/{explanation.tile}")
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
@@ -84,7 +85,7 @@ def test_the_environment_names_the_default(monkeypatch: pytest.MonkeyPatch, w4: 
         ({"implementation": "nonesuch"}, 'implementation "nonesuch".*implementation=None'),
         ({"implementation": "ampere"}, 'implementation "ampere".*this CPU'),
         ({"device": "tpu", "implementation": "scalar"}, 'implementation "scalar" has no kernel on platform "tpu"'),
-        ({"device": "cuda", "implementation": "scalar"}, 'implementation "scalar".*"ampere"'),
+        ({"device": "cuda", "implementation": "scalar"}, 'implementation "scalar".*"decode" and "ampere"'),
     ],
 )
 def test_explain_refuses(arguments: dict[str, object], message: str, w4: i4.Int4Weight) -> None:

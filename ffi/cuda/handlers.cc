@@ -12,6 +12,7 @@
 #include <string_view>
 
 #include "cuda/kernels/ampere/launch.h"
+#include "cuda/kernels/decode/launch.h"
 #include "cuda/plan.h"
 #include "handler/call.h"
 #include "xla/ffi/api/ffi.h"
@@ -25,8 +26,12 @@ namespace nb = nanobind;
 constexpr uintptr_t kAlignment = 16;  // Of the widest load and copy.
 constexpr int kMostDevices = 64;
 
-// The tile of the newest launch in this process; tests compare it with the plan.
-std::atomic<int> last_config{-1};
+// Kernel and tile of the newest launch in this process; tests compare them with the plan.
+struct Launched {
+  Kernel kernel = Kernel::kAmpere;
+  int config = -1;
+};
+std::atomic<Launched> last_launched{Launched()};
 
 StatusOr<DeviceDescription> QueryDevice(int device) {
   int major = 0, minor = 0, sm_count = 0;
@@ -77,8 +82,9 @@ Status Run(const Call& call, std::string_view implementation, cudaStream_t strea
   if (!Aligned(o.x) || !Aligned(o.packed) || !Aligned(o.scales_and_zeros) || !Aligned(o.y)) {
     return InvalidArgument() << "int4pack_mm: a buffer is not aligned to " << kAlignment << " bytes.";
   }
-  Status status = ampere::Launch(call.problem, o, *plan, stream);
-  if (status.ok()) last_config.store(plan->config, std::memory_order_relaxed);
+  Status status = plan->kernel == Kernel::kDecode ? decode::Launch(call.problem, o, *plan, stream)
+                                                  : ampere::Launch(call.problem, o, *plan, stream);
+  if (status.ok()) last_launched.store(Launched{plan->kernel, plan->config}, std::memory_order_relaxed);
   return status;
 }
 
@@ -104,9 +110,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Int4PackMmHandler, Int4PackMm,
                               {ffi::Traits::kCmdBufferCompatible});
 
 std::optional<std::string> LastLaunch() {
-  const int config = last_config.load(std::memory_order_relaxed);
-  if (config < 0) return std::nullopt;
-  return LaunchName(Plan{Kernel::kAmpere, config, 0, 0, 0});
+  const Launched launched = last_launched.load(std::memory_order_relaxed);
+  if (launched.config < 0) return std::nullopt;
+  return LaunchName(launched.kernel, launched.config);
 }
 
 }  // namespace

@@ -3,8 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <sstream>
 #include <string>
+
+#include "cuda/decode_plan.h"
 
 namespace int4mm::cuda {
 namespace {
@@ -13,11 +16,24 @@ constexpr int kOldestArchitecture = 80;          // mma.sync m16n8k16 with bf16 
 constexpr int64_t kMostRows = int64_t{1} << 30;  // Of n and of k: the kernels index within a row of tiles in 32 bits.
 constexpr int64_t kMostTiles = std::numeric_limits<int32_t>::max();  // Blocks of one launch.
 constexpr std::string_view kAmpereName = "ampere";
-constexpr std::string_view kEveryImplementation = "\"ampere\"";
+constexpr std::string_view kDecodeName = "decode";
+constexpr std::string_view kEveryImplementation = "\"decode\" and \"ampere\"";
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-std::string TileName(const ampere::Config& c) { return std::to_string(c.TileN()) + "x" + std::to_string(c.tokens); }
+// Rows of w by tokens; of the decode kernel those of a warp's step, by the steps under way.
+std::string TileName(Kernel kernel, int config) {
+  if (kernel == Kernel::kAmpere) {
+    const ampere::Config& c = ampere::kConfigs[config];
+    return std::to_string(c.TileN()) + "x" + std::to_string(c.tokens);
+  }
+  const decode::Config& c = decode::kConfigs[config];
+  return std::to_string(c.Rows()) + "x" + std::to_string(c.tokens) + "x" + std::to_string(c.ahead);
+}
+
+int TileCount(Kernel kernel) {
+  return static_cast<int>(kernel == Kernel::kAmpere ? ampere::kConfigs.size() : decode::kConfigs.size());
+}
 
 // Estimated time of a whole call in SM clocks: the busiest SM's share of tiles times what one tile takes. The rates are
 // those of one SM, fitted to measurements of every tile on an H200 (docs/kernels/ampere.md); only ratios between tiles
@@ -40,7 +56,7 @@ double EstimatedClocks(const Problem& p, const DeviceDescription& device, const 
   return static_cast<double>(tiles_per_sm) * (steps * step * exposed + partial_sums * kClocksPerPartialSum);
 }
 
-int ChooseConfig(const Problem& p, const DeviceDescription& device) {
+int ChooseAmpereConfig(const Problem& p, const DeviceDescription& device) {
   int best = 0;
   double best_clocks = std::numeric_limits<double>::infinity();
   for (int i = 0; i < static_cast<int>(ampere::kConfigs.size()); ++i) {
@@ -53,12 +69,54 @@ int ChooseConfig(const Problem& p, const DeviceDescription& device) {
   return best;
 }
 
-std::string EveryTile() {
+std::string EveryTile(Kernel kernel) {
   std::string names;
-  for (const ampere::Config& c : ampere::kConfigs) {
-    names += (names.empty() ? "\"" : ", \"") + std::string(kAmpereName) + "/" + TileName(c) + "\"";
-  }
+  for (int i = 0; i < TileCount(kernel); ++i) names += (i == 0 ? "\"" : ", \"") + LaunchName(kernel, i) + "\"";
   return names;
+}
+
+StatusOr<Plan> MakeAmperePlan(const Problem& problem, const DeviceDescription& device, int config) {
+  Plan plan;
+  if (problem.m == kUnknownM) {
+    plan.config = std::max(config, 0);
+    return plan;
+  }
+  plan.config = config >= 0 ? config : ChooseAmpereConfig(problem, device);
+  const ampere::Config& c = ampere::kConfigs[plan.config];
+  plan.tiles_m = CeilDiv(problem.m, c.tokens);
+  plan.tiles_n = CeilDiv(problem.n, c.TileN());
+  if (plan.tiles_m > kMostTiles / plan.tiles_n) {
+    return Unimplemented() << "int4pack_mm: m " << problem.m << " and n " << problem.n << " make " << plan.tiles_m
+                           << " x " << plan.tiles_n << " tiles, more than one launch holds (" << kMostTiles
+                           << "). Split x along m.";
+  }
+  return plan;
+}
+
+// The decode kernel because it was named.
+StatusOr<Plan> MakeDecodePlan(const Problem& problem, const DeviceDescription& device, int config) {
+  constexpr std::string_view kRemedy = "Leave implementation=None to choose.";
+  if (problem.m == kUnknownM) {
+    return Unimplemented() << "int4pack_mm: m is not known when the program is compiled, and the decode kernel is "
+                              "planned for one m. "
+                           << kRemedy;
+  }
+  if (problem.inner_k_tiles != 8) {
+    return Unimplemented() << "int4pack_mm: inner_k_tiles is " << problem.inner_k_tiles
+                           << "; the decode kernel takes 8. Pack the weight with inner_k_tiles=8, or leave "
+                              "implementation=None to choose.";
+  }
+  const std::optional<DecodePlan> decode = PlanDecode(problem, device, config);
+  if (!decode) {
+    return Unimplemented() << "int4pack_mm: the decode kernel has no schedule for m " << problem.m << " on sm_"
+                           << device.compute_capability << " with " << device.SharedBytesPerCta()
+                           << " bytes of shared memory a CTA. " << kRemedy;
+  }
+  Plan plan;
+  plan.kernel = Kernel::kDecode;
+  plan.config = decode->config;
+  plan.schedule = decode->schedule;
+  return plan;
 }
 
 }  // namespace
@@ -74,55 +132,51 @@ StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device,
     return Unimplemented() << "int4pack_mm: n and k are " << problem.n << " and " << problem.k
                            << "; the CUDA kernels take up to " << kMostRows << " of each. Split the weight.";
   }
-  const std::string_view kernel = implementation.substr(0, implementation.find('/'));
-  if (!kernel.empty() && kernel != kAmpereName) {
+  const std::string_view name = implementation.substr(0, implementation.find('/'));
+  const Kernel kernel = name == kDecodeName ? Kernel::kDecode : Kernel::kAmpere;
+  if (!name.empty() && name != kAmpereName && name != kDecodeName) {
     return Unimplemented() << "int4pack_mm: implementation \"" << implementation
                            << "\" is not a CUDA kernel of this build; it has " << kEveryImplementation
                            << ". Leave implementation=None to choose.";
   }
-
   int config = -1;
-  if (kernel.size() < implementation.size()) {
-    const std::string_view tile = implementation.substr(kernel.size() + 1);
-    for (int i = 0; i < static_cast<int>(ampere::kConfigs.size()); ++i) {
-      if (TileName(ampere::kConfigs[i]) == tile) config = i;
+  if (name.size() < implementation.size()) {
+    for (int i = 0; i < TileCount(kernel); ++i) {
+      if (LaunchName(kernel, i) == implementation) config = i;
     }
     if (config < 0) {
       return Unimplemented() << "int4pack_mm: implementation \"" << implementation << "\" names no tile; there are "
-                             << EveryTile() << ".";
+                             << EveryTile(kernel) << ".";
     }
   }
 
-  Plan plan;
-  if (problem.m == kUnknownM) {
-    plan.config = std::max(config, 0);
-    return plan;
+  if (name == kDecodeName) return MakeDecodePlan(problem, device, config);
+  if (name.empty() && problem.m >= 1 && problem.m <= kDecodeTokens) {
+    if (StatusOr<Plan> plan = MakeDecodePlan(problem, device, -1); plan.ok()) return plan;
   }
-  plan.config = config >= 0 ? config : ChooseConfig(problem, device);
-  const ampere::Config& c = ampere::kConfigs[plan.config];
-  plan.tiles_m = CeilDiv(problem.m, c.tokens);
-  plan.tiles_n = CeilDiv(problem.n, c.TileN());
-  if (plan.tiles_m > kMostTiles / plan.tiles_n) {
-    return Unimplemented() << "int4pack_mm: m " << problem.m << " and n " << problem.n << " make " << plan.tiles_m
-                           << " x " << plan.tiles_n << " tiles, more than one launch holds (" << kMostTiles
-                           << "). Split x along m.";
-  }
-  return plan;
+  return MakeAmperePlan(problem, device, config);
 }
 
 Explanation Explain(const Problem& problem, const DeviceDescription& device, const Plan& plan) {
-  const ampere::Config& c = ampere::kConfigs[plan.config];
   Explanation e;
-  e.implementation = kAmpereName;
-  e.weights = "rounded";
+  e.implementation = plan.kernel == Kernel::kDecode ? kDecodeName : kAmpereName;
+  e.weights = plan.kernel == Kernel::kDecode ? "exact" : "rounded";
   e.workspace_bytes = plan.workspace_bytes;
+  e.tile = TileName(plan.kernel, plan.config);
   std::ostringstream reason;
   if (problem.m == kUnknownM) {
     e.tile = "at the call";
     reason << "m is not known when the program is compiled, so the kernel that needs no workspace for any m is taken "
               "and its tile is chosen at the call";
+  } else if (plan.kernel == Kernel::kDecode) {
+    const decode::Config& c = decode::kConfigs[plan.config];
+    const decode::Schedule& s = plan.schedule;
+    reason << "kernel for few tokens, " << c.tokens << " at a time: " << s.ctas << " CTAs on " << device.sm_count
+           << " SMs, each " << s.chunk_tiles * 8 << " rows of w at once by " << s.warps_k << " slices of k of "
+           << s.warps_n << (s.warps_n == 1 ? " warp" : " warps") << ", which read the weight "
+           << (s.token_blocks == 1 ? "once" : std::to_string(s.token_blocks) + " times");
   } else {
-    e.tile = TileName(c);
+    const ampere::Config& c = ampere::kConfigs[plan.config];
     reason << "mma.sync kernel for sm_80 and newer; " << plan.tiles_n << " x " << plan.tiles_m << " tiles of "
            << c.TileN() << " rows of w by " << c.tokens << " tokens on " << device.sm_count << " SMs, k over "
            << c.warps_k << (c.warps_k == 1 ? " slice" : " slices") << " of each CTA";
@@ -131,8 +185,8 @@ Explanation Explain(const Problem& problem, const DeviceDescription& device, con
   return e;
 }
 
-std::string LaunchName(const Plan& plan) {
-  return std::string(kAmpereName) + "/" + TileName(ampere::kConfigs[plan.config]);
+std::string LaunchName(Kernel kernel, int config) {
+  return std::string(kernel == Kernel::kDecode ? kDecodeName : kAmpereName) + "/" + TileName(kernel, config);
 }
 
 }  // namespace int4mm::cuda

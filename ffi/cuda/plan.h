@@ -9,23 +9,23 @@
 #include "core/explanation.h"
 #include "core/problem.h"
 #include "core/status.h"
+#include "cuda/device.h"
 #include "cuda/kernels/ampere/config.h"
+#include "cuda/kernels/decode/config.h"
 
 namespace int4mm::cuda {
 
-struct DeviceDescription {
-  int compute_capability = 90;  // 10 * major + minor
-  int sm_count = 132;
-};
-
-enum class Kernel { kAmpere };
+enum class Kernel { kAmpere, kDecode };
 
 struct Plan {
   Kernel kernel = Kernel::kAmpere;
   int config = 0;  // Index into the kernel's table of tiles; meaningless while m is kUnknownM.
+  int64_t workspace_bytes = 0;
+  // Of the ampere kernel: its CTAs.
   int64_t tiles_m = 0;
   int64_t tiles_n = 0;
-  int64_t workspace_bytes = 0;
+  // Of the decode kernel.
+  decode::Schedule schedule;
 };
 
 // `implementation` is the public name of a kernel, or empty to choose. With m = kUnknownM the plan names a kernel that
@@ -34,7 +34,8 @@ StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device,
 
 Explanation Explain(const Problem& problem, const DeviceDescription& device, const Plan& plan);
 
-// "<implementation>/<tile>", as `implementation` takes it and last_launch() reports it.
-std::string LaunchName(const Plan& plan);
+// "<implementation>/<tile>", as `implementation` takes it and last_launch() reports it; config is an index into the
+// kernel's table.
+std::string LaunchName(Kernel kernel, int config);
 
 }  // namespace int4mm::cuda

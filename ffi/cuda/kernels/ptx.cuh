@@ -78,11 +78,27 @@ __device__ __forceinline__ uint32_t LoadShared(uint32_t shared_address) {
   return d;
 }
 
+__device__ __forceinline__ void LoadShared(uint32_t (&d)[4], uint32_t shared_address) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared_address)
+               : "memory");
+}
+
 // Copies 16 bytes to shared memory; where `valid` is false it writes zeros and reads nothing, wherever `global` points.
 __device__ __forceinline__ void CopyAsync16(uint32_t shared_address, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
                : "r"(shared_address), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// The same where `condition` holds; else nothing is read or written. For words that are read once: memory is asked for
+// 256 bytes at a time.
+__device__ __forceinline__ void CopyAsync16If(bool condition, uint32_t shared_address, const void* global) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.cg.shared.global.L2::256B [%0], [%1], 16;}"
+               :
+               : "r"(shared_address), "l"(global), "r"(static_cast<int>(condition))
                : "memory");
 }
 
@@ -107,11 +123,6 @@ __device__ __forceinline__ void LoadOnce(uint32_t& d0, uint32_t& d1, const uint3
 
 __device__ __forceinline__ void LoadOnce(uint32_t& d, const uint32_t* global) {
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(d) : "l"(global));
-}
-
-// A barrier of `threads` threads; barrier 0 is __syncthreads'.
-__device__ __forceinline__ void Barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");
 }
 
 }  // namespace int4mm::cuda::ptx

@@ -249,6 +249,8 @@ __global__ void __launch_bounds__(kConfigs[kConfig].Threads(), kConfigs[kConfig]
   const auto step = [&](int i) { return at.slice + i * kTile.warps_k; };
   const int all_steps = (args.k + kStepK - 1) / kStepK;
   const int steps = (all_steps - at.slice + kTile.warps_k - 1) / kTile.warps_k;
+  // Slices of several warps meet at barriers of the whole CTA, so they go round equally often.
+  const int rounds = kTile.warps_n == 1 ? steps : (all_steps + kTile.warps_k - 1) / kTile.warps_k;
 
   // Packed words go straight to registers, kTile.ring steps ahead; x and scales go through shared memory.
   Words<kConfig> words[kTile.ring];
@@ -263,22 +265,22 @@ __global__ void __launch_bounds__(kConfigs[kConfig].Threads(), kConfigs[kConfig]
   }
 
   float sums[kTile.pairs][kTile.tokens / 8][4] = {};
-  for (int first = 0; first < steps; first += kTile.ring) {
+  for (int first = 0; first < rounds; first += kTile.ring) {
 #pragma unroll
     for (int r = 0; r < kTile.ring; ++r) {
       const int i = first + r;
-      if (i < steps) {
+      if (i < rounds) {
         // The step's copies have landed for all of the slice, which has also left the stage that is filled next.
         ptx::CopyAsyncWait<kTile.stages - 2>();
         if constexpr (kTile.warps_n == 1) {
           __syncwarp();
         } else {
-          ptx::Barrier(1 + at.slice, 32 * kTile.warps_n);
+          __syncthreads();
         }
         const int next = i + kTile.stages - 1;
         if (next < steps) CopyStage(args, at, step(next), stage(next));
         ptx::CopyAsyncCommit();
-        MultiplyStep<Float>(sums, args, at, stage(i), words[r]);
+        if (kTile.warps_n == 1 || i < steps) MultiplyStep<Float>(sums, args, at, stage(i), words[r]);
         if (i + kTile.ring < steps) words[r].Load(args, at, step(i + kTile.ring));
       }
     }

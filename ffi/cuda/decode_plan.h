@@ -1,0 +1,28 @@
+// Problem + device -> schedule of the decode kernel, or none where it does not take the problem. Pure host code.
+#pragma once
+
+#include <optional>
+
+#include "core/problem.h"
+#include "cuda/device.h"
+#include "cuda/kernels/decode/config.h"
+
+namespace int4mm::cuda {
+
+struct DecodePlan {
+  int config = 0;  // Index into decode::kConfigs.
+  decode::Schedule schedule;
+};
+
+// For so few tokens the plan prefers it; beyond, the weight is read once for every 16 of them.
+inline constexpr int kDecodeTokens = 16;
+
+// One config with so many warps along k and n; none if that does not fit the config, the problem or the device.
+std::optional<decode::Schedule> MakeSchedule(const Problem& problem, const DeviceDescription& device, int config,
+                                             int warps_k, int warps_n);
+
+// The best schedule, of one config or of all (config < 0); m is known. None where inner_k_tiles is not 8, or where m is
+// more than a grid holds.
+std::optional<DecodePlan> PlanDecode(const Problem& problem, const DeviceDescription& device, int config);
+
+}  // namespace int4mm::cuda

@@ -1,0 +1,63 @@
+// The tiles and schedules of the decode kernel, shared by the plan (host code, no CUDA) and the instantiations.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+namespace int4mm::cuda::decode {
+
+// Values of k per step of a warp: one 16-byte load per lane and n-tile with inner_k_tiles = 8, the only one supported.
+inline constexpr int kStepK = 128;
+// Bytes of the packed words of 16 rows of w in one step.
+inline constexpr int kPairBytes = 16 * kStepK / 2;
+
+// What is compiled in: the shape of a warp's step, `pairs` row tiles of 16 times kStepK times up to `tokens` rows of x.
+struct Config {
+  int tokens;      // Rows of x: 8 or 16.
+  int pairs;       // Row tiles of 16 of a step: two packed n-tiles stacked are one A fragment.
+  int ahead;       // Steps whose copies are under way while one is computed.
+  int most_warps;  // Of a CTA; sets the registers of a thread.
+
+  constexpr int Rows() const { return 16 * pairs; }
+  // Copied for one step: packed words; then x [tokens][kStepK] and (scale, zero) [groups][Rows()].
+  constexpr int WordBytes() const { return pairs * kPairBytes; }
+  constexpr int StageBytes(int most_tokens, int groups) const { return most_tokens * kStepK * 2 + groups * Rows() * 4; }
+};
+
+// How one call is spread over the GPU, decided by the plan. A CTA owns neighbouring n-tiles and all of k. It takes its
+// n-tiles in chunks; in a chunk its warps form warps_k slices of k of warps_n warps each, and every warp has warp_pairs
+// row tiles of its own.
+struct Schedule {
+  int ctas = 0;          // Side by side along n,
+  int token_blocks = 0;  // and for every so many tokens of the config.
+  int warps_k = 0;       // A multiple of 4.
+  int warps_n = 0;       // At most 4.
+  int warp_pairs = 0;    // At most the config's pairs.
+  int chunk_tiles = 0;   // n-tiles of a chunk, even.
+  int chunks = 0;
+  int shared_bytes = 0;
+
+  constexpr int Warps() const { return warps_k * warps_n; }
+};
+
+// Scales of how many groups a step holds: those of one group cover it, or four quarters have their own.
+constexpr int GroupsPerStep(int64_t group_size) { return group_size >= kStepK ? 1 : 4; }
+
+// f32 partial sums of one slice of k of a chunk, as lanes hold them.
+constexpr int PartialBytes(const Config& c, int chunk_tiles) { return chunk_tiles / 2 * 16 * c.tokens * 4; }
+
+// `tokens` are those that a CTA has: m, at most the config's.
+constexpr int SharedBytes(const Config& c, const Schedule& s, int tokens, int groups) {
+  const int ring = c.ahead * c.WordBytes() + (c.ahead + 1) * c.StageBytes(tokens, groups);
+  return s.Warps() * ring + (s.chunks > 1 ? 2 : 1) * s.warps_k * PartialBytes(c, s.chunk_tiles);
+}
+
+inline constexpr std::array<Config, 5> kConfigs = {{
+    {8, 2, 2, 16},   // 32 rows of w x 8 tokens
+    {8, 4, 1, 16},   // 64 x 8
+    {16, 2, 2, 16},  // 32 x 16
+    {16, 2, 1, 16},  // 32 x 16, less shared memory
+    {16, 7, 1, 8},   // 112 x 16
+}};
+
+}  // namespace int4mm::cuda::decode

@@ -1,0 +1,27 @@
+#include "cuda/kernels/launch.h"
+
+namespace int4mm::cuda {
+
+Status CudaStatus(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return Status();
+  return Internal() << "int4pack_mm: " << what << " failed: " << cudaGetErrorString(error) << " ("
+                    << cudaGetErrorName(error) << ").";
+}
+
+Status SharedMemoryLimit::Raise(const void* kernel) {
+  constexpr int kMostDevices = 64;
+  int device = 0;
+  if (Status status = CudaStatus(cudaGetDevice(&device), "cudaGetDevice"); !status.ok()) return status;
+  const uint64_t bit = device < kMostDevices ? uint64_t{1} << device : 0;
+  if (raised_devices_.load(std::memory_order_relaxed) & bit) return Status();
+  int bytes = 0;
+  Status status = CudaStatus(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                             "cudaDeviceGetAttribute for shared memory");
+  if (!status.ok()) return status;
+  status = CudaStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                      "cudaFuncSetAttribute for shared memory");
+  if (status.ok()) raised_devices_.fetch_or(bit, std::memory_order_relaxed);
+  return status;
+}
+
+}  // namespace int4mm::cuda

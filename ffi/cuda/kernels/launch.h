@@ -1,0 +1,26 @@
+// What the launches of all kernels share.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cstdint>
+
+#include "core/status.h"
+
+namespace int4mm::cuda {
+
+Status CudaStatus(cudaError_t error, const char* what);
+
+// A kernel may use more than 48 KB of shared memory only after it has been told so, once a device. One of these belongs
+// to one kernel.
+class SharedMemoryLimit {
+ public:
+  // Raises the limit to all that a CTA of the current device can have.
+  Status Raise(const void* kernel);
+
+ private:
+  std::atomic<uint64_t> raised_devices_{0};
+};
+
+}  // namespace int4mm::cuda

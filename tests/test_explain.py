@@ -9,8 +9,10 @@ import pytest
 
 import cases
 import jax_int4mm as i4
+from jax_int4mm.layout import packed_shape
 from jax_int4mm.ops import _ffi
 from kernels import Kernel
+from shapes import SHAPES
 
 
 @pytest.fixture
@@ -47,6 +49,16 @@ def test_a_gpu_is_described_on_any_machine(name: str, w4: i4.Int4Weight) -> None
         explanation = i4.explain((m, 200), w4, name)
         assert explanation.implementation == kernel
         assert explanation == i4.explain((m, 200), w4, name, f"{kernel}/{explanation.tile}")
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 4096])
+@pytest.mark.parametrize(("n", "k"), SHAPES.values(), ids=[f"{n}x{k}" for n, k in SHAPES.values()])
+def test_a_gpu_has_a_plan_for_every_layer_that_benchmarks_time(n: int, k: int, m: int) -> None:
+    packed = jax.ShapeDtypeStruct(packed_shape(n, k, 8), jnp.int32)
+    scales_and_zeros = jax.ShapeDtypeStruct((k // 128, n, 2), jnp.bfloat16)
+    explanation = i4.explain((m, k), i4.Int4Weight(packed, scales_and_zeros, group_size=128, k=k, n=n), "cuda")
+    assert explanation.implementation != "reference"
+    assert explanation.tile
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])

@@ -23,10 +23,11 @@ def quantized(rng: np.random.Generator, *shape: int, dtype: Any = jnp.bfloat16, 
     return i4.quantize(rng.normal(0, 0.02, shape).astype(np.float32), dtype=dtype, **arguments)
 
 
-def dense(w4: i4.Int4Weight) -> np.ndarray:
-    """The [k, n] matrix of one weight, by the oracle."""
+def dense(w4: i4.Int4Weight, weights: str = "rounded") -> np.ndarray:
+    """The [k, n] matrix of one weight, by the oracle, as a kernel of such weights multiplies by it."""
     q, scales_and_zeros = np.asarray(i4.unpack_int4(w4.packed)), np.asarray(w4.scales_and_zeros)
-    stored = oracle.rounded_weight(q, scales_and_zeros, w4.group_size)[: w4.n, : w4.k].T
+    weight = {"rounded": oracle.rounded_weight, "exact": oracle.unrounded_weight}[weights]
+    stored = weight(q, scales_and_zeros, w4.group_size)[: w4.n, : w4.k].T
     if w4.perm is None:
         return stored
     rows = np.empty_like(stored)
@@ -45,7 +46,7 @@ def bits(y: Any) -> bytes:
 @pytest.mark.parametrize(("k", "n"), [(1, 1), (31, 9), (128, 8), (200, 30), (513, 136)])
 @pytest.mark.parametrize("permuted", [False, True], ids=["in order", "permuted"])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-def test_x_at_w_is_the_product_with_what_dequantize_returns(
+def test_x_at_w_is_the_product_with_the_weight_that_explain_states(
     chosen: Kernel, k: int, n: int, permuted: bool, dtype: np.dtype, rng: np.random.Generator
 ) -> None:
     w4 = quantized(rng, k, n, dtype=dtype, group_size=int(rng.choice(cases.GROUP_SIZES)))
@@ -54,8 +55,9 @@ def test_x_at_w_is_the_product_with_what_dequantize_returns(
     np.testing.assert_array_equal(np.asarray(w4.dequantize()), dense(w4))
     xs = [cases.random_x(rng, (m, k), dtype) for m in (1, 5, 33)]
     outputs = [np.asarray(jnp.asarray(x) @ w4) for x in xs]
-    acceptance.check(outputs, xs, dense(w4).T, chosen.device)
     for x, y in zip(xs, outputs, strict=True):
+        weights = i4.explain(x.shape, w4, chosen.device).weights
+        acceptance.check([y], [x], dense(w4, weights).T, chosen.device)
         assert bits(x @ w4) == bits(y), "numpy's x gives another result than jax's"
         assert bits(i4.matmul(x, w4)) == bits(y)
 

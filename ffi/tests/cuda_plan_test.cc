@@ -68,7 +68,7 @@ void EveryTileCanBeForcedByName() {
 // Every row tile belongs to one CTA, chunk and warp, and all that a warp computes fits its registers.
 void DecodeSchedulesCoverTheOutput() {
   for (const DeviceDescription& device : {kH200, DeviceDescription{80, 108}, DeviceDescription{86, 20}}) {
-    for (const int64_t m : {1, 2, 8, 9, 16, 40}) {
+    for (const int64_t m : {0, 1, 2, 8, 9, 16, 40}) {
       for (const int64_t n : {8, 24, 1280, 3072, 14336, 131072}) {
         for (const int64_t k : {128, 640, 4096, 14336}) {
           for (const int64_t group_size : {32, 128}) {
@@ -102,7 +102,11 @@ void TheDecodeScheduleIsTheOneWithTheFewestSteps() {
   EXPECT(schedule(1, 3072, 3072)->schedule.warps_k == 12) << schedule(1, 3072, 3072)->schedule.warps_k;
   EXPECT(schedule(1, 14336, 4096)->schedule.warps_n == 2) << schedule(1, 14336, 4096)->schedule.warps_n;
   EXPECT(schedule(1, 28672, 8192)->schedule.warps_n == 4) << schedule(1, 28672, 8192)->schedule.warps_n;
-  EXPECT(decode::kConfigs[schedule(16, 14336, 4096)->config].pairs == 7) << schedule(16, 14336, 4096)->config;
+  for (const int64_t n : {14336, 28672, 131072}) {
+    EXPECT(decode::kConfigs[schedule(16, n, 4096)->config].pairs == 7) << schedule(16, n, 4096)->config;
+    EXPECT(schedule(16, n, 4096)->schedule.Warps() == 8) << schedule(16, n, 4096)->schedule.Warps();
+    EXPECT(schedule(16, n, 4096)->schedule.token_blocks == 1) << "the weight is read more than once";
+  }
 }
 
 void FewTokensTakeTheDecodeKernelAndManyWideTiles() {

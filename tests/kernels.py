@@ -15,11 +15,10 @@ import jax_int4mm as i4
 CPU_IMPLEMENTATIONS = ("avx512", "avx2", "neon", "scalar")
 CUDA_IMPLEMENTATIONS = (
     "decode",
-    "decode/32x8x2",
-    "decode/64x8x1",
-    "decode/32x16x2",
-    "decode/32x16x1",
-    "decode/112x16x1",
+    "decode/32x8",
+    "decode/64x8",
+    "decode/32x16",
+    "decode/112x16",
     "ampere",
     "ampere/16x8",
     "ampere/32x8",

@@ -22,14 +22,12 @@ Int CeilDiv(Int a, Int b) {
 // and 128, on an H200) the schedule with the least cost was 0.3 % slower than the fastest one in the mean, 5 % at most.
 double Cost(const Problem& p, const Config& c, const Schedule& s) {
   constexpr int kEnoughAhead = 3;      // Row tiles under way in a warp.
-  constexpr double kMissing = 1.5;     // What a step costs more for each that is missing,
-  constexpr double kSpills = 2.0;      // and where registers do not suffice: 16 tokens, two steps ahead, four groups.
+  constexpr double kMissing = 1.5;     // What a step costs more for each that is missing.
   constexpr double kPerChunk = 0.01;   // Among equals, few chunks,
   constexpr double kPerWarp = 0.0001;  // then few warps.
   const int slices = static_cast<int>(p.k / decode::kStepK);
   double steps = static_cast<double>(CeilDiv(slices, s.warps_k)) * s.chunks * s.token_blocks;
   for (int ahead = c.ahead * s.warp_pairs; ahead < kEnoughAhead; ++ahead) steps *= kMissing;
-  if (c.tokens > 8 && c.ahead > 1 && decode::GroupsPerStep(p.group_size) > 1) steps *= kSpills;
   return steps + kPerChunk * s.chunks + kPerWarp * s.Warps();
 }
 

@@ -21,14 +21,14 @@ constexpr std::string_view kEveryImplementation = "\"decode\" and \"ampere\"";
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of w by tokens; of the decode kernel those of a warp's step, by the steps under way.
+// Rows of w by tokens; of the decode kernel those of a warp's step.
 std::string TileName(Kernel kernel, int config) {
   if (kernel == Kernel::kAmpere) {
     const ampere::Config& c = ampere::kConfigs[config];
     return std::to_string(c.TileN()) + "x" + std::to_string(c.tokens);
   }
   const decode::Config& c = decode::kConfigs[config];
-  return std::to_string(c.Rows()) + "x" + std::to_string(c.tokens) + "x" + std::to_string(c.ahead);
+  return std::to_string(c.Rows()) + "x" + std::to_string(c.tokens);
 }
 
 int TileCount(Kernel kernel) {

@@ -16,6 +16,7 @@ struct Config {
   int tokens;      // Rows of x: 8 or 16.
   int pairs;       // Row tiles of 16 of a step: two packed n-tiles stacked are one A fragment.
   int ahead;       // Steps whose copies are under way while one is computed.
+  int at_once;     // Row tiles whose instructions are interleaved, where warps are too few to hide their latency.
   int most_warps;  // Of a CTA; sets the registers of a thread.
 
   constexpr int Rows() const { return 16 * pairs; }
@@ -43,21 +44,21 @@ struct Schedule {
 // Scales of how many groups a step holds: those of one group cover it, or four quarters have their own.
 constexpr int GroupsPerStep(int64_t group_size) { return group_size >= kStepK ? 1 : 4; }
 
-// f32 partial sums of one slice of k of a chunk, as lanes hold them.
-constexpr int PartialBytes(const Config& c, int chunk_tiles) { return chunk_tiles / 2 * 16 * c.tokens * 4; }
+// f32 partial sums of a warp, as lanes hold them. They fit its ring of packed words, and take its place at the end.
+constexpr int PartialBytes(const Config& c, int warp_pairs) { return warp_pairs * 16 * c.tokens * 4; }
 
-// `tokens` are those that a CTA has: m, at most the config's.
+// `tokens` are those that a CTA has: m, at most the config's. While other chunks follow, the ring stays in use, and two
+// buffers of partial sums take turns.
 constexpr int SharedBytes(const Config& c, const Schedule& s, int tokens, int groups) {
-  const int ring = c.ahead * c.WordBytes() + (c.ahead + 1) * c.StageBytes(tokens, groups);
-  return s.Warps() * ring + (s.chunks > 1 ? 2 : 1) * s.warps_k * PartialBytes(c, s.chunk_tiles);
+  const int rings = c.ahead * c.WordBytes() + (c.ahead + 1) * c.StageBytes(tokens, groups);
+  return s.Warps() * (rings + (s.chunks > 1 ? 2 * PartialBytes(c, s.warp_pairs) : 0));
 }
 
-inline constexpr std::array<Config, 5> kConfigs = {{
-    {8, 2, 2, 16},   // 32 rows of w x 8 tokens
-    {8, 4, 1, 16},   // 64 x 8
-    {16, 2, 2, 16},  // 32 x 16
-    {16, 2, 1, 16},  // 32 x 16, less shared memory
-    {16, 7, 1, 8},   // 112 x 16
+inline constexpr std::array<Config, 4> kConfigs = {{
+    {8, 2, 2, 1, 16},   // 32 rows of w x 8 tokens
+    {8, 4, 1, 1, 16},   // 64 x 8
+    {16, 2, 2, 1, 12},  // 32 x 16
+    {16, 7, 1, 2, 8},   // 112 x 16
 }};
 
 }  // namespace int4mm::cuda::decode

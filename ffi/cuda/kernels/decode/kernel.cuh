@@ -91,7 +91,7 @@ struct Place {
     lane = static_cast<int>(threadIdx.x) % 32;
     // The shuffle tells the compiler that all lanes agree, so what follows from it is kept and tested once a warp.
     warp = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x) / 32, 0);
-    const int column = (warp >= args.warps_k) + (warp >= 2 * args.warps_k) + (warp >= 3 * args.warps_k);
+    const int column = Column(warp, args.warps_k);
     slice = warp - column * args.warps_k;
     warp_tile = 2 * args.warp_pairs * column;
     first_token = static_cast<int>(blockIdx.y) * most_tokens;
@@ -101,14 +101,19 @@ struct Place {
     tiles = args.tiles_per_cta + (cta < args.larger_ctas ? 1 : 0);
   }
 
+  // index / size for the up to four columns of warps.
+  static __device__ __forceinline__ int Column(int index, int size) {
+    return (index >= size) + (index >= 2 * size) + (index >= 3 * size);
+  }
+
   // How many of a chunk's n-tiles are this warp's; zero or less if none.
   __device__ __forceinline__ int WarpTiles(const Arguments& args, int chunk) const {
     return min(min(tiles - chunk, args.chunk_tiles) - warp_tile, 2 * args.warp_pairs);
   }
 };
 
-// Shared memory of a warp: a ring of packed words of kAhead steps, then a ring of kAhead + 1 stages, x [m][kStepK] with
-// the 16-byte chunks of a row swizzled so that the 8 rows of an ldmatrix lie in different banks, and (scale, zero)
+// Shared memory of a warp: a ring of packed words of `ahead` steps, then a ring of one stage more, x [tokens][kStepK]
+// with the 16-byte chunks of a row swizzled so that the 8 rows of an ldmatrix lie in different banks, and (scale, zero)
 // [groups][rows]. A stage is one more than the steps under way, because x of the next step is copied while a slower
 // lane may still read its own.
 template <int kConfig, int kGroups>
@@ -255,11 +260,15 @@ template <typename Float, int kConfig, int kGroups>
 __device__ __forceinline__ void MultiplyPair(float (&sums)[kConfigs[kConfig].tokens / 8][4],
                                              const Activations<Float, kConfig, kGroups>& x,
                                              const uint32_t (&low_tile)[4], const uint32_t (&high_tile)[4],
-                                             const uint32_t (&scales)[kGroups][2]) {
+                                             uint32_t scales_address) {
   using Code = Nibble<Float>;
-  constexpr int kBlocks = kConfigs[kConfig].tokens / 8;
+  constexpr Config kTile = kConfigs[kConfig];
+  constexpr int kBlocks = kTile.tokens / 8;
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
+    uint32_t scales[2];
+    scales[0] = ptx::LoadShared(scales_address + g * kTile.Rows() * 4);
+    scales[1] = ptx::LoadShared(scales_address + (g * kTile.Rows() + 8) * 4);
     // The tensor cores add with truncation; they sum a group's part of the step from zero, the rest is rounded f32. A
     // long group takes two chains: half the latency.
     float first[kBlocks][4] = {};
@@ -279,8 +288,8 @@ __device__ __forceinline__ void MultiplyPair(float (&sums)[kConfigs[kConfig].tok
     // sum ((q - 8) scale + zero) x = scale sum (q - 8) x + zero sum x
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float scale = Code::Scale(scales[g][half]);
-      const float zero = Code::Zero(scales[g][half]);
+      const float scale = Code::Scale(scales[half]);
+      const float zero = Code::Zero(scales[half]);
 #pragma unroll
       for (int t = 0; t < kBlocks; ++t) {
 #pragma unroll
@@ -319,9 +328,14 @@ __global__ void __launch_bounds__(32 * kConfigs[kConfig].most_warps, 1) Kernel(c
 
   uint32_t slot = rings.words;
   uint32_t stage = rings.stages;
-  float* partials = reinterpret_cast<float*>(shared + blockDim.x / 32 * rings.BytesPerWarp()) + at.lane * 4;
-  const int slice_floats = PartialBytes(kTile, args.chunk_tiles) / 4;
-  int next_partials = args.warps_k * slice_floats;  // Two buffers take turns, so that one barrier a chunk is enough.
+  // Partial sums of a warp, [row tile][8 tokens][lane][4]: in the place of its ring of words or, where other chunks
+  // follow, behind the rings, in two buffers that take turns, so that one barrier a chunk is enough.
+  const bool one_chunk = at.tiles <= args.chunk_tiles;
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  const int partial_bytes = PartialBytes(kTile, args.warp_pairs);
+  const int warp_stride = one_chunk ? rings.BytesPerWarp() : partial_bytes;
+  uint8_t* partials = shared + (one_chunk ? 0 : warps * rings.BytesPerWarp()) + at.lane * 16;
+  int other_partials = warps * partial_bytes;
 
 #pragma unroll 1
   for (int chunk = 0; chunk < at.tiles; chunk += args.chunk_tiles) {
@@ -332,41 +346,50 @@ __global__ void __launch_bounds__(32 * kConfigs[kConfig].most_warps, 1) Kernel(c
       Activations<Float, kConfig, kGroups> x;
       const uint32_t scale_row = stage + rings.x_bytes + at.lane / 4 * 4;
 #pragma unroll
-      for (int p = 0; p < kTile.pairs; ++p) {
-        // One group of copies is committed a row tile; that of p - 1 for a later step, below, not yet at p = 0.
-        if (p == 0) {
-          ptx::CopyAsyncWait<kTile.pairs * kTile.ahead - 1>();
+      for (int first = 0; first < kTile.pairs; first += kTile.at_once) {
+        constexpr int kAtOnce = kTile.at_once;
+        // One group of copies is committed a row tile, pairs * ahead of them before it is needed.
+        constexpr int kRest = kTile.pairs % kAtOnce;
+        if (kRest == 0 || first + kAtOnce <= kTile.pairs) {
+          ptx::CopyAsyncWait<kTile.pairs * kTile.ahead - kAtOnce>();
         } else {
-          ptx::CopyAsyncWait<kTile.pairs * kTile.ahead - 2>();
+          ptx::CopyAsyncWait<kTile.pairs * kTile.ahead - kRest>();
         }
-        __syncwarp();
-        uint32_t low_tile[4];
-        uint32_t high_tile[4];
-        const uint32_t words = slot + p * kPairBytes + at.lane * 16;
-        ptx::LoadShared(low_tile, words);
-        ptx::LoadShared(high_tile, words + kPairBytes / 2);
-        if (p == 0) x.Load(stage, b_offset);
-        uint32_t scales[kGroups][2];
+        // A lane copies the words that it reads, but x and the scales come from all of them, with the first row tile.
+        if (first == 0) __syncwarp();
+        uint32_t low_tile[kAtOnce][4];
+        uint32_t high_tile[kAtOnce][4];
 #pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-          scales[g][0] = ptx::LoadShared(scale_row + (g * kTile.Rows() + 16 * p) * 4);
-          scales[g][1] = ptx::LoadShared(scale_row + (g * kTile.Rows() + 16 * p + 8) * 4);
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int p = first + i;
+          if (p >= kTile.pairs) break;
+          const uint32_t words = slot + p * kPairBytes + at.lane * 16;
+          ptx::LoadShared(low_tile[i], words);
+          ptx::LoadShared(high_tile[i], words + kPairBytes / 2);
         }
-        // Every lane has read the row tile before this one.
-        if (p > 0) copies.Start(args, at, rings, p - 1, slot);
-        if (p == 0) x.Sum();
-        if (2 * p < warp_tiles) MultiplyPair(sums[p], x, low_tile, high_tile, scales);
+        if (first == 0) x.Load(stage, b_offset);
+        // The words' slots are free again. The stage that is filled next was read in the step before.
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (first + i < kTile.pairs) copies.Start(args, at, rings, first + i, slot);
+        }
+        if (first == 0) x.Sum();
+        // One branch for all, so that their instructions can be interleaved; sums past the warp's tiles are not stored.
+        if (2 * first < warp_tiles) {
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            const int p = first + i;
+            if (p < kTile.pairs) MultiplyPair(sums[p], x, low_tile[i], high_tile[i], scale_row + 16 * p * 4);
+          }
+        }
       }
-      __syncwarp();
-      copies.Start(args, at, rings, kTile.pairs - 1, slot);
       slot += kTile.WordBytes();
       if (slot == rings.stages) slot = rings.words;
       stage += rings.stage_bytes;
       if (stage == rings.stages_end) stage = rings.stages;
     }
 
-    // Partial sums meet in shared memory as lanes hold them: [slice][row tile][8 tokens][lane][4].
-    float* const mine = partials + at.slice * slice_floats + at.warp_tile / 2 * (kBlocks * 128);
+    __syncwarp();
 #pragma unroll
     for (int t = 0; t < kBlocks; ++t) {
       if (8 * t + at.lane % 4 * 2 >= at.tokens) continue;
@@ -374,7 +397,8 @@ __global__ void __launch_bounds__(32 * kConfigs[kConfig].most_warps, 1) Kernel(c
       for (int p = 0; p < kTile.pairs; ++p) {
         if (2 * p < warp_tiles) {
           const float (&sum)[4] = sums[p][t];
-          *reinterpret_cast<float4*>(mine + (p * kBlocks + t) * 128) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+          *reinterpret_cast<float4*>(partials + at.warp * warp_stride + (p * kBlocks + t) * 512) =
+              make_float4(sum[0], sum[1], sum[2], sum[3]);
         }
       }
     }
@@ -382,15 +406,17 @@ __global__ void __launch_bounds__(32 * kConfigs[kConfig].most_warps, 1) Kernel(c
 
     // Slices are added in order, so that the same inputs give the same bits.
     const int pairs = (min(args.chunk_tiles, at.tiles - chunk) + 1) / 2;
-    for (int block = at.warp; block < pairs * kBlocks; block += static_cast<int>(blockDim.x) / 32) {
+    for (int block = at.warp; block < pairs * kBlocks; block += warps) {
       const int token = block % kBlocks * 8 + at.lane % 4 * 2;
       if (token >= at.tokens) continue;
-      const float* part = partials + block * 128;
+      const int column = at.Column(block / kBlocks, args.warp_pairs);
+      const uint8_t* part =
+          partials + column * args.warps_k * warp_stride + (block - column * args.warp_pairs * kBlocks) * 512;
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 1
       for (int s = 0; s < args.warps_k; s += 4) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i, part += slice_floats) {
+        for (int i = 0; i < 4; ++i, part += warp_stride) {
           const float4 value = *reinterpret_cast<const float4*>(part);
           sum.x += value.x;
           sum.y += value.y;
@@ -409,8 +435,8 @@ __global__ void __launch_bounds__(32 * kConfigs[kConfig].most_warps, 1) Kernel(c
       if (two_tokens) y[args.n] = Code::Round(Code::kUnit * sum.y);
       if (two_tiles && two_tokens) y[args.n + 8] = Code::Round(Code::kUnit * sum.w);
     }
-    partials += next_partials;
-    next_partials = -next_partials;
+    partials += other_partials;
+    other_partials = -other_partials;
   }
 }
 

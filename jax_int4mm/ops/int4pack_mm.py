@@ -27,17 +27,18 @@ def int4pack_mm(
     """Multiply activations by int4 weights: y = x @ w^T with w = (q - 8) * scale + zero for each group of k.
 
     PyTorch's ``torch.ops.aten._weight_int4pack_mm`` on the same packed bytes, as a JAX primitive. The weight is rounded
-    once to x's dtype, as ``dequantize`` returns it, or not at all: ``explain(...).weights`` says "rounded" or "exact".
-    Products are summed in f32, and the sum is rounded once. An exact kernel applies scale and zero to sums over a group,
-    so rows of x with an infinity, or in bfloat16 with numbers beyond 2**120, give NaN where w * x would be infinite.
+    once to x's dtype, as ``dequantize`` returns it, or not at all: ``explain(...).weights`` is "rounded" or "exact".
+    Products are summed in f32, and the sum is rounded once. An exact kernel applies scale and zero to sums over a
+    group, so rows of x with an infinity, or in bfloat16 with numbers beyond 2**118, can give NaN instead of infinity.
 
     Args:
       x: [..., k] bfloat16 or float16 activations; leading dimensions are flattened into m. m = 0 is legal.
       packed: int32 ``[n/8, k/(16*inner_k_tiles), 32, inner_k_tiles/2]`` from :func:`jax_int4mm.pack_int4`.
       scales_and_zeros: [k/group_size, n, 2] in x's dtype: (scale, zero), both floats, zero added.
       group_size: 32, 64, 128 or 256 values of k that share a scale and a zero.
-      implementation: None to choose, "reference" (plain ``jnp``), or a kernel's name: "decode" (inner_k_tiles = 8) and
-        "ampere" on CUDA; "avx512", "avx2", "neon", "scalar" on the CPU. The environment variable JAX_INT4MM_IMPLEMENTATION names a default.
+      implementation: None to choose, "reference" (plain ``jnp``), or a kernel's name: "decode" (inner_k_tiles = 8) or
+        "ampere" on CUDA; "avx512", "avx2", "neon", "scalar" on the CPU. The environment variable
+        JAX_INT4MM_IMPLEMENTATION names a default.
 
     Returns:
       y [..., n] in x's dtype.

@@ -15,6 +15,6 @@ y = jax.jit(lambda x, w4: x @ w4)(x, w4)  # a pytree and an operator: any jitted
 dequantized = jnp.dot(x, w4.dequantize(), preferred_element_type=jnp.float32)
 print(w4)
 print(f"bytes: {w.nbytes:,} as bf16, {w4.nbytes:,} as int4 with a bf16 scale and zero per group")
-print(f"x @ w4 against x @ w4.dequantize(): largest difference {jnp.abs(y - dequantized).max():.3f}, of rounding to bf16")
+print(f"x @ w4 against x @ w4.dequantize(): largest difference {jnp.abs(y - dequantized).max():.3f}, bf16 rounding")
 print(f"x @ w4 against x @ w: relative error {jnp.linalg.norm(y - x @ w) / jnp.linalg.norm(x @ w):.3f}, of 4 bits")
 print(i4.explain(x.shape, w4))

@@ -20,8 +20,8 @@ all words of packed and scales_and_zeros, which a good kernel may undercut. PyTo
 a form of its own, before the clock starts. All use all cores.
 
 Figures are medians, with first and third quartile. The first result of every contender that has our weights is compared
-with the reference before it is timed. "host eager" and "host jitted" are what one call of the op, at m = 1 and
-n = k = 256, takes of the calling thread, where many are queued; a CPU may run them meanwhile.
+with the reference before it is timed. "host eager" and "host jitted" are what one call of the op, or of a bf16 product,
+takes of the calling thread at m = 1 and n = k = 256, where many are queued; a CPU may run them meanwhile.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jax_int4mm as i4
@@ -95,9 +96,12 @@ def host_overhead(group_size: int) -> Iterator[tuple[Contender, str, Timing]]:
     w4 = peers.random_weight(jax.random.key(0), layer.n, layer.k, group_size)
     (x,) = peers.activations(1, layer.k, 1)
     eager = functools.partial(i4.int4pack_mm, group_size=group_size)
+    operands = (x, w4.packed, w4.scales_and_zeros)
     for name, call in (("host eager", eager), ("host jitted", jax.jit(eager))):
-        timing = time_host(functools.partial(call, x, w4.packed, w4.scales_and_zeros))
-        yield Contender(name, {}, 1, group_size), "int4pack_mm", timing
+        yield Contender(name, {}, 1, group_size), "int4pack_mm", time_host(functools.partial(call, *operands))
+    w = peers.random_bf16(jax.random.key(0), layer.k, layer.n)
+    for name, dot in (("host eager", jnp.matmul), ("host jitted", jax.jit(jnp.matmul))):
+        yield Contender(name, {}, 1, None), "bf16", time_host(functools.partial(dot, x, w))
 
 
 def describe_run(chosen: set[str], commit: str | None) -> dict[str, str]:

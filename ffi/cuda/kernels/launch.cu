@@ -15,13 +15,18 @@ Status SharedMemoryLimit::Raise(const void* kernel) {
   const uint64_t bit = device < kMostDevices ? uint64_t{1} << device : 0;
   if (raised_devices_.load(std::memory_order_relaxed) & bit) return Status();
   int bytes = 0;
-  Status status = CudaStatus(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-                             "cudaDeviceGetAttribute for shared memory");
-  if (!status.ok()) return status;
-  status = CudaStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-                      "cudaFuncSetAttribute for shared memory");
-  if (status.ok()) raised_devices_.fetch_or(bit, std::memory_order_relaxed);
-  return status;
+  if (Status status = CudaStatus(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                                 "cudaDeviceGetAttribute for shared memory");
+      !status.ok()) {
+    return status;
+  }
+  if (Status status = CudaStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                                 "cudaFuncSetAttribute for shared memory");
+      !status.ok()) {
+    return status;
+  }
+  raised_devices_.fetch_or(bit, std::memory_order_relaxed);
+  return Status();
 }
 
 }  // namespace int4mm::cuda

@@ -45,7 +45,7 @@ def test_it_needs_shapes_alone(w4: i4.Int4Weight) -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "gpu", "CUDA"])
 def test_a_gpu_is_described_on_any_machine(name: str, w4: i4.Int4Weight) -> None:
-    for m, kernel in ((1, "decode"), (16, "decode"), (17, "ampere"), (4096, "ampere")):
+    for m, kernel in ((1, "decode"), (32, "decode"), (33, "ampere"), (4096, "ampere")):
         explanation = i4.explain((m, 200), w4, name)
         assert explanation.implementation == kernel
         assert explanation == i4.explain((m, 200), w4, name, f"{kernel}/{explanation.tile}")

@@ -14,8 +14,8 @@ struct DecodePlan {
   decode::Schedule schedule;
 };
 
-// For so few tokens the plan prefers it; beyond, the weight is read once for every 16 of them.
-inline constexpr int kDecodeTokens = 16;
+// For so few tokens the plan prefers it, although it reads the weight once for every 16 of them.
+inline constexpr int kDecodeTokens = 32;
 
 // One config with so many warps along k and n; none if that does not fit the config, the problem or the device.
 std::optional<decode::Schedule> MakeSchedule(const Problem& problem, const DeviceDescription& device, int config,

@@ -111,8 +111,8 @@ void TheDecodeScheduleIsTheOneWithTheFewestSteps() {
 
 void FewTokensTakeTheDecodeKernelAndManyWideTiles() {
   const auto plan = [](int64_t m) { return *MakePlan(MakeProblem(m, 4096, 4096), kH200, ""); };
-  for (const int64_t m : {1, 8, 16}) EXPECT(plan(m).kernel == Kernel::kDecode) << m;
-  EXPECT(plan(17).kernel == Kernel::kAmpere) << "17 tokens";
+  for (const int64_t m : {1, 8, 16, 32}) EXPECT(plan(m).kernel == Kernel::kDecode) << m;
+  EXPECT(plan(33).kernel == Kernel::kAmpere) << "33 tokens";
   EXPECT(ampere::kConfigs[plan(4096).config].tokens >= 64) << plan(4096).config;
   Problem p = MakeProblem(1, 4096, 4096);
   p.inner_k_tiles = 4;

@@ -2,10 +2,10 @@
 
     python benchmarks/sanitize.py --output benchmarks/results/h200/sanitizer.txt
 
-memcheck, racecheck and initcheck each run every kernel by name on golden cases. Meanwhile JAX
-takes its memory from the driver call by call, so that an access past the end of a buffer is one past an allocation.
-That this holds is shown first: a kernel writes one float past the end of a JAX array (cupy compiles it), and the run
-must fail.
+memcheck, racecheck and initcheck each run every kernel by name on golden cases. Meanwhile JAX takes its memory from
+cudaMallocAsync, whose allocations the tools know to the byte, so that an access past the end of a buffer is one past an
+allocation. That this holds is shown first: a kernel writes one float past the end of a JAX array (cupy compiles it),
+and the run must fail.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ kernel((1,), (1,), (cupy.uint64(y.unsafe_buffer_pointer()), cupy.int64(y.nbytes 
 cupy.cuda.runtime.deviceSynchronize()
 print("the overrun was written and nobody saw it")
 """
-PAST = (0, 2 << 20)  # Right behind the array, and behind what a driver that maps 2 MiB pages would give it.
+PAST = (0, 2 << 20)  # Right behind the array, and behind what JAX's "platform" allocator maps for it.
 
 
 def run(tool: str, command: list[str]) -> tuple[int, str]:

@@ -31,8 +31,7 @@ double Cost(const Problem& p, const Config& c, const Schedule& s) {
   return steps + kPerChunk * s.chunks + kPerWarp * s.Warps();
 }
 
-}  // namespace
-
+// One config with so many warps along k and n; none if that does not fit the config, the problem or the device.
 std::optional<Schedule> MakeSchedule(const Problem& problem, const DeviceDescription& device, int config, int warps_k,
                                      int warps_n) {
   const Config& c = kConfigs[config];
@@ -62,6 +61,8 @@ std::optional<Schedule> MakeSchedule(const Problem& problem, const DeviceDescrip
     if (chunk_pairs == 1) return std::nullopt;
   }
 }
+
+}  // namespace
 
 std::optional<DecodePlan> PlanDecode(const Problem& problem, const DeviceDescription& device, int config) {
   std::optional<DecodePlan> best;

@@ -17,10 +17,6 @@ struct DecodePlan {
 // For so few tokens the plan prefers it, although it reads the weight once for every 16 of them.
 inline constexpr int kDecodeTokens = 32;
 
-// One config with so many warps along k and n; none if that does not fit the config, the problem or the device.
-std::optional<decode::Schedule> MakeSchedule(const Problem& problem, const DeviceDescription& device, int config,
-                                             int warps_k, int warps_n);
-
 // The best schedule, of one config or of all (config < 0); m is known. None where inner_k_tiles is not 8, or where m is
 // more than a grid holds.
 std::optional<DecodePlan> PlanDecode(const Problem& problem, const DeviceDescription& device, int config);

@@ -93,6 +93,14 @@ StatusOr<Plan> MakeAmperePlan(const Problem& problem, const DeviceDescription& d
   return plan;
 }
 
+Plan ToPlan(const DecodePlan& decode) {
+  Plan plan;
+  plan.kernel = Kernel::kDecode;
+  plan.config = decode.config;
+  plan.schedule = decode.schedule;
+  return plan;
+}
+
 // The decode kernel because it was named.
 StatusOr<Plan> MakeDecodePlan(const Problem& problem, const DeviceDescription& device, int config) {
   constexpr std::string_view kRemedy = "Leave implementation=None to choose.";
@@ -112,11 +120,7 @@ StatusOr<Plan> MakeDecodePlan(const Problem& problem, const DeviceDescription& d
                            << device.compute_capability << " with " << device.SharedBytesPerCta()
                            << " bytes of shared memory a CTA. " << kRemedy;
   }
-  Plan plan;
-  plan.kernel = Kernel::kDecode;
-  plan.config = decode->config;
-  plan.schedule = decode->schedule;
-  return plan;
+  return ToPlan(*decode);
 }
 
 }  // namespace
@@ -152,7 +156,7 @@ StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device,
 
   if (name == kDecodeName) return MakeDecodePlan(problem, device, config);
   if (name.empty() && problem.m >= 1 && problem.m <= kDecodeTokens) {
-    if (StatusOr<Plan> plan = MakeDecodePlan(problem, device, -1); plan.ok()) return plan;
+    if (const std::optional<DecodePlan> decode = PlanDecode(problem, device, -1)) return ToPlan(*decode);
   }
   return MakeAmperePlan(problem, device, config);
 }

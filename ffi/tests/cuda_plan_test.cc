@@ -46,6 +46,12 @@ void TilesFitTheSmallestSharedMemory() {
   }
 }
 
+void DecodeSumsFitTheRingWhosePlaceTheyTake() {
+  for (const decode::Config& c : decode::kConfigs) {
+    EXPECT(decode::PartialBytes(c, c.pairs) <= c.ahead * c.WordBytes()) << c.Rows() << " x " << c.tokens;
+  }
+}
+
 void EveryTileCanBeForcedByName() {
   const Problem p = MakeProblem(33, 4096, 4096);
   std::set<std::string> names;
@@ -160,6 +166,7 @@ int main() {
   int4mm::cuda::EveryTileCoversTheOutput();
   int4mm::cuda::TilesFitTheSmallestSharedMemory();
   int4mm::cuda::EveryTileCanBeForcedByName();
+  int4mm::cuda::DecodeSumsFitTheRingWhosePlaceTheyTake();
   int4mm::cuda::DecodeSchedulesCoverTheOutput();
   int4mm::cuda::TheDecodeScheduleIsTheOneWithTheFewestSteps();
   int4mm::cuda::FewTokensTakeTheDecodeKernelAndManyWideTiles();

@@ -1,12 +1,15 @@
 #include "cuda/kernels/launch.h"
 
 namespace int4mm::cuda {
+namespace {
 
 Status CudaStatus(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return Status();
   return Internal() << "int4pack_mm: " << what << " failed: " << cudaGetErrorString(error) << " ("
                     << cudaGetErrorName(error) << ").";
 }
+
+}  // namespace
 
 Status SharedMemoryLimit::Raise(const void* kernel) {
   constexpr int kMostDevices = 64;
@@ -27,6 +30,14 @@ Status SharedMemoryLimit::Raise(const void* kernel) {
   }
   raised_devices_.fetch_or(bit, std::memory_order_relaxed);
   return Status();
+}
+
+Status LaunchKernel(const char* what, const void* kernel, SharedMemoryLimit& limit, dim3 grid, int threads,
+                    int shared_bytes, void* arguments, cudaStream_t stream) {
+  if (Status status = limit.Raise(kernel); !status.ok()) return status;
+  return CudaStatus(cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(threads)), &arguments,
+                                     static_cast<size_t>(shared_bytes), stream),
+                    what);
 }
 
 }  // namespace int4mm::cuda

@@ -10,8 +10,6 @@
 
 namespace int4mm::cuda {
 
-Status CudaStatus(cudaError_t error, const char* what);
-
 // A kernel may use more than 48 KB of shared memory only after it has been told so, once a device. One of these belongs
 // to one kernel.
 class SharedMemoryLimit {
@@ -22,5 +20,9 @@ class SharedMemoryLimit {
  private:
   std::atomic<uint64_t> raised_devices_{0};
 };
+
+// Enqueues a kernel that takes one struct; `what` is the launch's name in an error.
+Status LaunchKernel(const char* what, const void* kernel, SharedMemoryLimit& limit, dim3 grid, int threads,
+                    int shared_bytes, void* arguments, cudaStream_t stream);
 
 }  // namespace int4mm::cuda

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "core/problem.h"
 #include "cuda/kernels/ampere/config.h"
 #include "cuda/kernels/dequant.cuh"
 #include "cuda/kernels/ptx.cuh"
@@ -13,10 +14,7 @@
 namespace int4mm::cuda::ampere {
 
 struct Arguments {
-  const uint16_t* x;
-  const uint32_t* packed;
-  const uint16_t* scales_and_zeros;
-  uint16_t* y;
+  Operands operands;
   int64_t m;
   int n;
   int k;
@@ -66,21 +64,21 @@ struct Position {
 
     x_chunk = slice_thread % kChunks;
     x_token = slice_thread / kChunks;
-    x = args.x + (first_token + x_token) * args.k + 8 * x_chunk;
+    x = args.operands.x + (first_token + x_token) * args.k + 8 * x_chunk;
 
     scale_group = slice_thread / kScaleChunks;
     scale_row = slice_thread % kScaleChunks * 4;
     const int step_groups = args.group_shift >= 2 ? 1 : 4 >> args.group_shift;
     // Rows past n keep what is in shared memory: they are not stored.
     if (scale_group >= step_groups || first_row + scale_row >= args.n) scale_group = kNoGroup;
-    scales = args.scales_and_zeros + int64_t{2} * (first_row + scale_row);
+    scales = args.operands.scales_and_zeros + int64_t{2} * (first_row + scale_row);
 
     // For rows past n the last n-tile is read again.
     const int last_tile = args.n / 8 - 1;
 #pragma unroll
     for (int t = 0; t < 2 * kTile.pairs; ++t) {
       const int tile = min((first_row + warp_row) / 8 + t, last_tile);
-      words[t] = args.packed + static_cast<int64_t>(tile) * args.k + lane * (args.inner_k_tiles / 2);
+      words[t] = args.operands.packed + static_cast<int64_t>(tile) * args.k + lane * (args.inner_k_tiles / 2);
     }
     b_offset = (lane & 7) * (2 * kStepK) + ((lane / 8 ^ (lane & 7)) << 4);
   }
@@ -318,7 +316,7 @@ __global__ void __launch_bounds__(kConfigs[kConfig].Threads(), kConfigs[kConfig]
       sum.x += part.x;
       sum.y += part.y;
     }
-    uint16_t* const target = args.y + (at.first_token + token) * args.n + at.first_row + row;
+    uint16_t* const target = args.operands.y + (at.first_token + token) * args.n + at.first_row + row;
     *reinterpret_cast<uint32_t*>(target) = RoundPair<Float>(sum.x, sum.y);
   }
 }

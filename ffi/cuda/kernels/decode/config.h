@@ -23,6 +23,8 @@ struct Config {
   // Copied for one step: packed words; then x [tokens][kStepK] and (scale, zero) [groups][Rows()].
   constexpr int WordBytes() const { return pairs * kPairBytes; }
   constexpr int StageBytes(int most_tokens, int groups) const { return most_tokens * kStepK * 2 + groups * Rows() * 4; }
+  // A warp's ring of words and, one longer, its ring of stages.
+  constexpr int RingBytes(int stage_bytes) const { return ahead * WordBytes() + (ahead + 1) * stage_bytes; }
 };
 
 // How one call is spread over the GPU, decided by the plan. A CTA owns neighbouring n-tiles and all of k. It takes its
@@ -50,7 +52,7 @@ constexpr int PartialBytes(const Config& c, int warp_pairs) { return warp_pairs 
 // `tokens` are those that a CTA has: m, at most the config's. While other chunks follow, the ring stays in use, and two
 // buffers of partial sums take turns.
 constexpr int SharedBytes(const Config& c, const Schedule& s, int tokens, int groups) {
-  const int rings = c.ahead * c.WordBytes() + (c.ahead + 1) * c.StageBytes(tokens, groups);
+  const int rings = c.RingBytes(c.StageBytes(tokens, groups));
   return s.Warps() * (rings + (s.chunks > 1 ? 2 * PartialBytes(c, s.warp_pairs) : 0));
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "core/problem.h"
 #include "cuda/kernels/decode/config.h"
 #include "cuda/kernels/decode/nibble.cuh"
 #include "cuda/kernels/ptx.cuh"
@@ -12,10 +13,7 @@
 namespace int4mm::cuda::decode {
 
 struct Arguments {
-  const uint16_t* x;
-  const uint32_t* packed;
-  const uint16_t* scales_and_zeros;
-  uint16_t* y;
+  Operands operands;
   int m;
   int n;
   int k;
@@ -70,8 +68,6 @@ struct Place {
 // lane may still read its own.
 template <int kConfig, int kGroups>
 struct Rings {
-  static constexpr Config kTile = kConfigs[kConfig];
-
   uint32_t words;
   uint32_t stages;
   uint32_t stages_end;
@@ -79,14 +75,17 @@ struct Rings {
   int stage_bytes;
 
   __device__ __forceinline__ Rings(const Arguments& args, const Place& at, uint32_t shared) {
-    x_bytes = min(args.m, kTile.tokens) * kStepK * 2;
-    stage_bytes = x_bytes + kGroups * kTile.Rows() * 4;
+    constexpr Config kTile = kConfigs[kConfig];
+    const int most_tokens = min(args.m, kTile.tokens);
+    x_bytes = most_tokens * kStepK * 2;
+    stage_bytes = kTile.StageBytes(most_tokens, kGroups);
     words = shared + at.warp * BytesPerWarp();
     stages = words + kTile.ahead * kTile.WordBytes();
     stages_end = words + BytesPerWarp();
   }
   __device__ __forceinline__ int BytesPerWarp() const {
-    return kTile.ahead * kTile.WordBytes() + (kTile.ahead + 1) * stage_bytes;
+    constexpr Config kTile = kConfigs[kConfig];
+    return kTile.RingBytes(stage_bytes);
   }
 };
 
@@ -111,11 +110,11 @@ struct Copies {
     stage = rings.stages;
     const int token = at.lane / 16;
     x_target = token * (kStepK * 2) + ((at.lane % 16 ^ token) << 4);
-    x = args.x + static_cast<int64_t>(at.first_token + token) * args.k + at.lane % 16 * 8;
+    x = args.operands.x + static_cast<int64_t>(at.first_token + token) * args.k + at.lane % 16 * 8;
   }
 
   __device__ __forceinline__ const uint32_t* Words(const Arguments& args, const Place& at) const {
-    return args.packed + static_cast<int64_t>(at.first_tile + at.warp_tile + chunk) * args.k + slice * kStepK +
+    return args.operands.packed + static_cast<int64_t>(at.first_tile + at.warp_tile + chunk) * args.k + slice * kStepK +
            at.lane * 4;
   }
 
@@ -152,7 +151,7 @@ struct Copies {
       const int64_t group = (kGroups == 1 ? slice : slice * 4 + quarter) >> args.group_shift;
       const int row = (at.first_tile + at.warp_tile + chunk) * 8 + rows;
       ptx::CopyAsync16If(quarter < kGroups && rows < 8 * tiles, stage + rings.x_bytes + index * 16,
-                         args.scales_and_zeros + 2 * (group * args.n + row));
+                         args.operands.scales_and_zeros + 2 * (group * args.n + row));
     }
     stage += rings.stage_bytes;
     if (stage == rings.stages_end) stage = rings.stages;
@@ -380,8 +379,8 @@ __global__ void __launch_bounds__(32 * kConfigs[kConfig].most_warps, 1) Kernel(c
       const int tile = chunk + block / kBlocks * 2;
       const bool two_tiles = tile + 1 < at.tiles;
       const bool two_tokens = token + 1 < at.tokens;
-      uint16_t* const y =
-          args.y + static_cast<int64_t>(at.first_token + token) * args.n + (at.first_tile + tile) * 8 + at.lane / 4;
+      uint16_t* const y = args.operands.y + static_cast<int64_t>(at.first_token + token) * args.n +
+                          (at.first_tile + tile) * 8 + at.lane / 4;
       y[0] = Code::Round(Code::kUnit * sum.x);
       if (two_tiles) y[8] = Code::Round(Code::kUnit * sum.z);
       if (two_tokens) y[args.n] = Code::Round(Code::kUnit * sum.y);

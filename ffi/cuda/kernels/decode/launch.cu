@@ -12,16 +12,9 @@ Status Launch(const Problem& problem, const Operands& operands, const Plan& plan
   const Schedule& schedule = plan.schedule;
   const int groups = GroupsPerStep(problem.group_size);
   const bool float16 = problem.dtype == DType::kFloat16;
-  const void* const kernel = float16 ? Float16Kernel(plan.config, groups) : BFloat16Kernel(plan.config, groups);
-  SharedMemoryLimit& limit = limits[4 * plan.config + 2 * (groups > 1) + float16];
-  if (Status status = limit.Raise(kernel); !status.ok()) return status;
-
   const int tiles = static_cast<int>(problem.n / 8);
   Arguments arguments;
-  arguments.x = operands.x;
-  arguments.packed = operands.packed;
-  arguments.scales_and_zeros = operands.scales_and_zeros;
-  arguments.y = operands.y;
+  arguments.operands = operands;
   arguments.m = static_cast<int>(problem.m);
   arguments.n = static_cast<int>(problem.n);
   arguments.k = static_cast<int>(problem.k);
@@ -32,11 +25,10 @@ Status Launch(const Problem& problem, const Operands& operands, const Plan& plan
   arguments.warps_k = schedule.warps_k;
   arguments.warp_pairs = schedule.warp_pairs;
   arguments.chunk_tiles = schedule.chunk_tiles;
-  void* pointers[] = {&arguments};
+  const void* const kernel = float16 ? Float16Kernel(plan.config, groups) : BFloat16Kernel(plan.config, groups);
   const dim3 grid(static_cast<unsigned>(schedule.ctas), static_cast<unsigned>(schedule.token_blocks));
-  return CudaStatus(cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(32 * schedule.Warps())), pointers,
-                                     static_cast<size_t>(schedule.shared_bytes), stream),
-                    "the launch of the decode kernel");
+  return LaunchKernel("the launch of the decode kernel", kernel, limits[4 * plan.config + 2 * (groups > 1) + float16],
+                      grid, 32 * schedule.Warps(), schedule.shared_bytes, &arguments, stream);
 }
 
 }  // namespace int4mm::cuda::decode

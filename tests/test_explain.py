@@ -26,7 +26,7 @@ def test_it_describes_every_m(chosen: Kernel, m: int, w4: i4.Int4Weight) -> None
     explanation = i4.explain((m, 200), w4)
     assert explanation == i4.explain((m, 200), w4, chosen.device)
     assert explanation == i4.explain([m, 200], w4, chosen.device, explanation.implementation)
-    assert explanation.implementation in (*_ffi.cpu_implementations(), "ampere", "decode")
+    assert explanation.implementation in (*_ffi.cpu_implementations(), "ampere", "decode", "hopper")
     assert explanation.tile
     assert explanation.weights in ("rounded", "exact")
     assert explanation.workspace_bytes >= 0
@@ -45,7 +45,7 @@ def test_it_needs_shapes_alone(w4: i4.Int4Weight) -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "gpu", "CUDA"])
 def test_a_gpu_is_described_on_any_machine(name: str, w4: i4.Int4Weight) -> None:
-    for m, kernel in ((1, "decode"), (32, "decode"), (33, "ampere"), (4096, "ampere")):
+    for m, kernel in ((1, "decode"), (16, "decode"), (17, "hopper"), (4096, "hopper")):
         explanation = i4.explain((m, 200), w4, name)
         assert explanation.implementation == kernel
         assert explanation == i4.explain((m, 200), w4, name, f"{kernel}/{explanation.tile}")
@@ -76,6 +76,12 @@ def test_the_number_of_sms_matters() -> None:
     assert "on 20 SMs" in plan(20)
 
 
+@pytest.mark.parametrize(("compute_capability", "kernel"), [(80, "ampere"), (90, "hopper"), (100, "ampere")])
+def test_the_architecture_matters(compute_capability: int, kernel: str) -> None:
+    plan = _ffi.plan("cuda", 256, 4096, 4096, 128, 8, "bfloat16", None, (compute_capability, 132))
+    assert plan["implementation"] == kernel
+
+
 @pytest.mark.parametrize("platform", ["tpu", "rocm"])
 def test_other_platforms_take_the_reference(platform: str, w4: i4.Int4Weight) -> None:
     explanation = i4.explain((16, 200), w4, platform)
@@ -97,7 +103,7 @@ def test_the_environment_names_the_default(monkeypatch: pytest.MonkeyPatch, w4: 
         ({"implementation": "nonesuch"}, 'implementation "nonesuch".*implementation=None'),
         ({"implementation": "ampere"}, 'implementation "ampere".*this CPU'),
         ({"device": "tpu", "implementation": "scalar"}, 'implementation "scalar" has no kernel on platform "tpu"'),
-        ({"device": "cuda", "implementation": "scalar"}, 'implementation "scalar".*"decode" and "ampere"'),
+        ({"device": "cuda", "implementation": "scalar"}, 'implementation "scalar".*"decode", "hopper" and "ampere"'),
     ],
 )
 def test_explain_refuses(arguments: dict[str, object], message: str, w4: i4.Int4Weight) -> None:

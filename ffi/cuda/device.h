@@ -6,6 +6,9 @@ namespace int4mm::cuda {
 struct DeviceDescription {
   int compute_capability = 90;  // 10 * major + minor
   int sm_count = 132;
+  bool has_sm_90a_code = true;  // Whether the build holds machine code of the Hopper kernel.
+
+  constexpr bool HasHopperKernel() const { return compute_capability == 90 && has_sm_90a_code; }
 
   // Shared memory that one CTA can ask for, as the CUDA programming guide lists it by compute capability.
   constexpr int SharedBytesPerCta() const {

@@ -13,6 +13,7 @@
 
 #include "cuda/kernels/ampere/launch.h"
 #include "cuda/kernels/decode/launch.h"
+#include "cuda/kernels/hopper/launch.h"
 #include "cuda/plan.h"
 #include "handler/call.h"
 #include "xla/ffi/api/ffi.h"
@@ -42,7 +43,7 @@ StatusOr<DeviceDescription> QueryDevice(int device) {
     return Internal() << "int4pack_mm: the properties of GPU " << device
                       << " cannot be read: " << cudaGetErrorString(error) << ".";
   }
-  return DeviceDescription{10 * major + minor, sm_count};
+  return DeviceDescription{10 * major + minor, sm_count, hopper::IsCompiled()};
 }
 
 // The current device's description, queried once a device.
@@ -54,7 +55,7 @@ StatusOr<DeviceDescription> CurrentDevice() {
   }
   if (device >= kMostDevices) return QueryDevice(device);
   if (const uint64_t seen = known[device].load(std::memory_order_relaxed); seen != 0) {
-    return DeviceDescription{static_cast<int>(seen >> 32), static_cast<int>(seen & 0xFFFFFFFF)};
+    return DeviceDescription{static_cast<int>(seen >> 32), static_cast<int>(seen & 0xFFFFFFFF), hopper::IsCompiled()};
   }
   StatusOr<DeviceDescription> found = QueryDevice(device);
   if (found.ok()) {
@@ -82,8 +83,10 @@ Status Run(const Call& call, std::string_view implementation, cudaStream_t strea
   if (!Aligned(o.x) || !Aligned(o.packed) || !Aligned(o.scales_and_zeros) || !Aligned(o.y)) {
     return InvalidArgument() << "int4pack_mm: a buffer is not aligned to " << kAlignment << " bytes.";
   }
-  Status status = plan->kernel == Kernel::kDecode ? decode::Launch(call.problem, o, *plan, stream)
-                                                  : ampere::Launch(call.problem, o, *plan, stream);
+  const auto launch = plan->kernel == Kernel::kDecode   ? decode::Launch
+                      : plan->kernel == Kernel::kHopper ? hopper::Launch
+                                                        : ampere::Launch;
+  Status status = launch(call.problem, o, *plan, stream);
   if (status.ok()) last_launched.store(Launched{plan->kernel, plan->config}, std::memory_order_relaxed);
   return status;
 }

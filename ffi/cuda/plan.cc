@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cuda/decode_plan.h"
+#include "cuda/hopper_plan.h"
 
 namespace int4mm::cuda {
 namespace {
@@ -15,24 +16,47 @@ namespace {
 constexpr int kOldestArchitecture = 80;          // mma.sync m16n8k16 with bf16 operands, cp.async.
 constexpr int64_t kMostRows = int64_t{1} << 30;  // Of n and of k: the kernels index within a row of tiles in 32 bits.
 constexpr int64_t kMostTiles = std::numeric_limits<int32_t>::max();  // Blocks of one launch.
+constexpr std::string_view kRemedy = "Leave implementation=None to choose.";
 constexpr std::string_view kAmpereName = "ampere";
 constexpr std::string_view kDecodeName = "decode";
-constexpr std::string_view kEveryImplementation = "\"decode\" and \"ampere\"";
+constexpr std::string_view kHopperName = "hopper";
+constexpr std::string_view kEveryImplementation = "\"decode\", \"hopper\" and \"ampere\"";
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+std::string_view KernelName(Kernel kernel) {
+  switch (kernel) {
+    case Kernel::kAmpere:
+      return kAmpereName;
+    case Kernel::kDecode:
+      return kDecodeName;
+    default:
+      return kHopperName;
+  }
+}
+
 // Rows of w by tokens; of the decode kernel those of a warp's step.
 std::string TileName(Kernel kernel, int config) {
-  if (kernel == Kernel::kAmpere) {
-    const ampere::Config& c = ampere::kConfigs[config];
-    return std::to_string(c.TileN()) + "x" + std::to_string(c.tokens);
+  const auto name = [](int rows, int tokens) { return std::to_string(rows) + "x" + std::to_string(tokens); };
+  switch (kernel) {
+    case Kernel::kAmpere:
+      return name(ampere::kConfigs[config].TileN(), ampere::kConfigs[config].tokens);
+    case Kernel::kDecode:
+      return name(decode::kConfigs[config].Rows(), decode::kConfigs[config].tokens);
+    default:
+      return name(hopper::kConfigs[config].Rows(), hopper::kConfigs[config].tokens);
   }
-  const decode::Config& c = decode::kConfigs[config];
-  return std::to_string(c.Rows()) + "x" + std::to_string(c.tokens);
 }
 
 int TileCount(Kernel kernel) {
-  return static_cast<int>(kernel == Kernel::kAmpere ? ampere::kConfigs.size() : decode::kConfigs.size());
+  switch (kernel) {
+    case Kernel::kAmpere:
+      return static_cast<int>(ampere::kConfigs.size());
+    case Kernel::kDecode:
+      return static_cast<int>(decode::kConfigs.size());
+    default:
+      return static_cast<int>(hopper::kConfigs.size());
+  }
 }
 
 // Estimated time of a whole call in SM clocks: the busiest SM's share of tiles times what one tile takes. The rates are
@@ -97,18 +121,29 @@ Plan ToPlan(const DecodePlan& decode) {
   Plan plan;
   plan.kernel = Kernel::kDecode;
   plan.config = decode.config;
-  plan.schedule = decode.schedule;
+  plan.decode = decode.schedule;
   return plan;
+}
+
+Plan ToPlan(const HopperPlan& hopper) {
+  Plan plan;
+  plan.kernel = Kernel::kHopper;
+  plan.config = hopper.config;
+  plan.tiles_m = hopper.tiles_m;
+  plan.tiles_n = hopper.tiles_n;
+  plan.hopper = hopper.schedule;
+  return plan;
+}
+
+// A kernel that is planned for one m was named where m is not known.
+Status NeedsM(Kernel kernel) {
+  return Unimplemented() << "int4pack_mm: m is not known when the program is compiled, and the " << KernelName(kernel)
+                         << " kernel is planned for one m. " << kRemedy;
 }
 
 // The decode kernel because it was named.
 StatusOr<Plan> MakeDecodePlan(const Problem& problem, const DeviceDescription& device, int config) {
-  constexpr std::string_view kRemedy = "Leave implementation=None to choose.";
-  if (problem.m == kUnknownM) {
-    return Unimplemented() << "int4pack_mm: m is not known when the program is compiled, and the decode kernel is "
-                              "planned for one m. "
-                           << kRemedy;
-  }
+  if (problem.m == kUnknownM) return NeedsM(Kernel::kDecode);
   if (problem.inner_k_tiles != 8) {
     return Unimplemented() << "int4pack_mm: inner_k_tiles is " << problem.inner_k_tiles
                            << "; the decode kernel takes 8. Pack the weight with inner_k_tiles=8, or leave "
@@ -121,6 +156,25 @@ StatusOr<Plan> MakeDecodePlan(const Problem& problem, const DeviceDescription& d
                            << " bytes of shared memory a CTA. " << kRemedy;
   }
   return ToPlan(*decode);
+}
+
+// The Hopper kernel because it was named.
+StatusOr<Plan> MakeHopperPlan(const Problem& problem, const DeviceDescription& device, int config) {
+  if (problem.m == kUnknownM) return NeedsM(Kernel::kHopper);
+  if (!device.HasHopperKernel()) {
+    return Unimplemented() << "int4pack_mm: the Hopper kernel needs a GPU of sm_90 and a build for sm_90a; this is sm_"
+                           << device.compute_capability
+                           << (device.has_sm_90a_code ? "" : ", and the build has no code for sm_90a") << ". "
+                           << kRemedy;
+  }
+  // Without rows of x nothing is launched.
+  if (problem.m == 0) return ToPlan(HopperPlan{std::max(config, 0), 0, 0, hopper::Schedule()});
+  const std::optional<HopperPlan> hopper = PlanHopper(problem, device, config);
+  if (!hopper) {
+    return Unimplemented() << "int4pack_mm: m " << problem.m << " and n " << problem.n
+                           << " make more tiles than one launch of the Hopper kernel holds. Split x along m.";
+  }
+  return ToPlan(*hopper);
 }
 
 }  // namespace
@@ -137,11 +191,13 @@ StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device,
                            << "; the CUDA kernels take up to " << kMostRows << " of each. Split the weight.";
   }
   const std::string_view name = implementation.substr(0, implementation.find('/'));
-  const Kernel kernel = name == kDecodeName ? Kernel::kDecode : Kernel::kAmpere;
-  if (!name.empty() && name != kAmpereName && name != kDecodeName) {
+  const Kernel kernel = name == kDecodeName   ? Kernel::kDecode
+                        : name == kHopperName ? Kernel::kHopper
+                                              : Kernel::kAmpere;
+  if (!name.empty() && name != KernelName(kernel)) {
     return Unimplemented() << "int4pack_mm: implementation \"" << implementation
-                           << "\" is not a CUDA kernel of this build; it has " << kEveryImplementation
-                           << ". Leave implementation=None to choose.";
+                           << "\" is not a CUDA kernel of this build; it has " << kEveryImplementation << ". "
+                           << kRemedy;
   }
   int config = -1;
   if (name.size() < implementation.size()) {
@@ -154,7 +210,11 @@ StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device,
     }
   }
 
-  if (name == kDecodeName) return MakeDecodePlan(problem, device, config);
+  if (kernel == Kernel::kDecode) return MakeDecodePlan(problem, device, config);
+  if (kernel == Kernel::kHopper) return MakeHopperPlan(problem, device, config);
+  if (name.empty() && problem.m >= kHopperTokens) {
+    if (const std::optional<HopperPlan> hopper = PlanHopper(problem, device, -1)) return ToPlan(*hopper);
+  }
   if (name.empty() && problem.m >= 1 && problem.m <= kDecodeTokens) {
     if (const std::optional<DecodePlan> decode = PlanDecode(problem, device, -1)) return ToPlan(*decode);
   }
@@ -163,7 +223,7 @@ StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device,
 
 Explanation Explain(const Problem& problem, const DeviceDescription& device, const Plan& plan) {
   Explanation e;
-  e.implementation = plan.kernel == Kernel::kDecode ? kDecodeName : kAmpereName;
+  e.implementation = KernelName(plan.kernel);
   e.weights = plan.kernel == Kernel::kDecode ? "exact" : "rounded";
   e.workspace_bytes = plan.workspace_bytes;
   e.tile = TileName(plan.kernel, plan.config);
@@ -174,11 +234,17 @@ Explanation Explain(const Problem& problem, const DeviceDescription& device, con
               "and its tile is chosen at the call";
   } else if (plan.kernel == Kernel::kDecode) {
     const decode::Config& c = decode::kConfigs[plan.config];
-    const decode::Schedule& s = plan.schedule;
+    const decode::Schedule& s = plan.decode;
     reason << "kernel for few tokens, " << c.tokens << " at a time: " << s.ctas << " CTAs on " << device.sm_count
            << " SMs, each " << s.chunk_tiles * 8 << " rows of w at once by " << s.warps_k << " slices of k of "
            << s.warps_n << (s.warps_n == 1 ? " warp" : " warps") << ", which read the weight "
            << (s.token_blocks == 1 ? "once" : std::to_string(s.token_blocks) + " times");
+  } else if (plan.kernel == Kernel::kHopper) {
+    const hopper::Config& c = hopper::kConfigs[plan.config];
+    const hopper::Schedule& s = plan.hopper;
+    reason << "wgmma kernel for Hopper GPUs; " << plan.tiles_n << " x " << plan.tiles_m << " tiles of " << c.Rows()
+           << " rows of w by " << c.tokens << " tokens on " << device.sm_count << " SMs, "
+           << (s.split_k == 1 ? "each by one CTA" : "each by " + std::to_string(s.split_k) + " CTAs that divide k");
   } else {
     const ampere::Config& c = ampere::kConfigs[plan.config];
     reason << "mma.sync kernel for sm_80 and newer; " << plan.tiles_n << " x " << plan.tiles_m << " tiles of "
@@ -190,7 +256,7 @@ Explanation Explain(const Problem& problem, const DeviceDescription& device, con
 }
 
 std::string LaunchName(Kernel kernel, int config) {
-  return std::string(kernel == Kernel::kDecode ? kDecodeName : kAmpereName) + "/" + TileName(kernel, config);
+  return std::string(KernelName(kernel)) + "/" + TileName(kernel, config);
 }
 
 }  // namespace int4mm::cuda

@@ -12,20 +12,21 @@
 #include "cuda/device.h"
 #include "cuda/kernels/ampere/config.h"
 #include "cuda/kernels/decode/config.h"
+#include "cuda/kernels/hopper/config.h"
 
 namespace int4mm::cuda {
 
-enum class Kernel { kAmpere, kDecode };
+enum class Kernel { kAmpere, kDecode, kHopper };
 
 struct Plan {
   Kernel kernel = Kernel::kAmpere;
   int config = 0;  // Index into the kernel's table of tiles; meaningless while m is kUnknownM.
   int64_t workspace_bytes = 0;
-  // Of the ampere kernel: its CTAs.
+  // Tiles of the output, of the ampere and the Hopper kernel.
   int64_t tiles_m = 0;
   int64_t tiles_n = 0;
-  // Of the decode kernel.
-  decode::Schedule schedule;
+  decode::Schedule decode;  // Of the kernel of that name, as
+  hopper::Schedule hopper;  // is this.
 };
 
 // `implementation` is the public name of a kernel, or empty to choose. With m = kUnknownM the plan names a kernel that

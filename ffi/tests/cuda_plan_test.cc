@@ -1,8 +1,10 @@
 // The plan of the CUDA kernels, on machines without a GPU.
 #include <set>
 #include <string>
+#include <utility>
 
 #include "cuda/decode_plan.h"
+#include "cuda/hopper_plan.h"
 #include "cuda/plan.h"
 #include "tests/check.h"
 
@@ -19,6 +21,11 @@ Problem MakeProblem(int64_t m, int64_t n, int64_t k) {
   p.group_size = 128;
   p.inner_k_tiles = 8;
   return p;
+}
+
+std::string TileOf(const HopperPlan& plan) {
+  const hopper::Config& c = hopper::kConfigs[plan.config];
+  return std::to_string(c.Rows()) + "x" + std::to_string(c.tokens);
 }
 
 bool Contains(const Status& status, const char* text) { return status.message().find(text) != std::string::npos; }
@@ -55,17 +62,18 @@ void DecodeSumsFitTheRingWhosePlaceTheyTake() {
 void EveryTileCanBeForcedByName() {
   const Problem p = MakeProblem(33, 4096, 4096);
   std::set<std::string> names;
-  for (const Kernel kernel : {Kernel::kAmpere, Kernel::kDecode}) {
-    const bool ampere = kernel == Kernel::kAmpere;
-    const int tiles = static_cast<int>(ampere ? ampere::kConfigs.size() : decode::kConfigs.size());
-    for (int i = 0; i < tiles; ++i) {
+  const std::pair<Kernel, size_t> kernels[] = {{Kernel::kAmpere, ampere::kConfigs.size()},
+                                               {Kernel::kDecode, decode::kConfigs.size()},
+                                               {Kernel::kHopper, hopper::kConfigs.size()}};
+  for (const auto& [kernel, tiles] : kernels) {
+    for (int i = 0; i < static_cast<int>(tiles); ++i) {
       const std::string name = LaunchName(kernel, i);
       EXPECT(names.insert(name).second) << name << ": two tiles share a name";
       const StatusOr<Plan> plan = MakePlan(p, kH200, name);
       EXPECT(plan.ok() && plan->kernel == kernel && plan->config == i) << name;
       const Explanation e = Explain(p, kH200, *plan);
       EXPECT(e.implementation + "/" + e.tile == name) << e.tile;
-      EXPECT(e.weights == (ampere ? "rounded" : "exact")) << e.weights;
+      EXPECT(e.weights == (kernel == Kernel::kDecode ? "exact" : "rounded")) << e.weights;
       EXPECT(e.workspace_bytes == 0 && !e.reason.empty()) << e.reason;
     }
   }
@@ -115,14 +123,82 @@ void TheDecodeScheduleIsTheOneWithTheFewestSteps() {
   }
 }
 
-void FewTokensTakeTheDecodeKernelAndManyWideTiles() {
-  const auto plan = [](int64_t m) { return *MakePlan(MakeProblem(m, 4096, 4096), kH200, ""); };
-  for (const int64_t m : {1, 8, 16, 32}) EXPECT(plan(m).kernel == Kernel::kDecode) << m;
-  EXPECT(plan(33).kernel == Kernel::kAmpere) << "33 tokens";
-  EXPECT(ampere::kConfigs[plan(4096).config].tokens >= 64) << plan(4096).config;
-  Problem p = MakeProblem(1, 4096, 4096);
-  p.inner_k_tiles = 4;
-  EXPECT(MakePlan(p, kH200, "")->kernel == Kernel::kAmpere) << "inner_k_tiles of 4";
+// Every tile, split or not, has its CTAs at work at one time where they wait for each other, and its sums fit the ring.
+void HopperSchedulesCoverTheOutput() {
+  for (int config = -1; config < static_cast<int>(hopper::kConfigs.size()); ++config) {
+    for (const int64_t m : {1, 17, 64, 257, 4500, 100000}) {
+      for (const int64_t n : {8, 136, 1280, 3072, 14336, 131072}) {
+        for (const int64_t k : {32, 160, 1280, 4096, 28672}) {
+          for (const int64_t group_size : {32, 64, 128, 256}) {
+            if (k % group_size != 0) continue;
+            Problem p = MakeProblem(m, n, k);
+            p.group_size = group_size;
+            p.inner_k_tiles = 2;
+            const std::optional<HopperPlan> plan = PlanHopper(p, kH200, config);
+            EXPECT(plan.has_value()) << m << " x " << n << " x " << k;
+            if (!plan) continue;
+            const hopper::Config& c = hopper::kConfigs[plan->config];
+            const hopper::Schedule& s = plan->schedule;
+            const int64_t tiles = plan->tiles_m * plan->tiles_n;
+            EXPECT(plan->tiles_m * c.tokens >= m && (plan->tiles_m - 1) * c.tokens < m) << m;
+            EXPECT(plan->tiles_n * c.Rows() >= n && (plan->tiles_n - 1) * c.Rows() < n) << n;
+            EXPECT(s.clusters >= 1 && s.clusters <= tiles && s.clusters * s.split_k <= kH200.sm_count) << s.clusters;
+            EXPECT(s.split_k == 1 || s.clusters == tiles) << "a CTA of a cluster takes one tile";
+            EXPECT(int64_t{128} * s.split_k < k + 128) << "a CTA without a step of k";
+            EXPECT(s.stages > c.OutputStages() && s.stages <= hopper::kMostStages) << s.stages;
+            const int ring = s.stages * c.StageBytes(hopper::GroupsPerStep(group_size));
+            EXPECT(s.shared_bytes == ring + hopper::kBarrierBytes) << s.shared_bytes;
+            EXPECT(s.shared_bytes <= kH200.SharedBytesPerCta()) << s.shared_bytes;
+            EXPECT(s.split_k == 1 || ring >= c.ExchangeBytes(s.split_k)) << ring;
+          }
+        }
+      }
+    }
+  }
+}
+
+void HopperTilesFitTheHardware() {
+  for (const hopper::Config& c : hopper::kConfigs) {
+    EXPECT(c.tokens % 16 == 0 && c.tokens <= 256 && c.Rows() <= 256) << c.Rows() << " x " << c.tokens;
+    EXPECT(c.XBytes() % (2 * hopper::kStageAlignment) == 0) << "both halves of x are swizzled; " << c.XBytes();
+    EXPECT(128 * (c.warpgroups * c.MultiplierRegisters() + c.OtherRegisters()) <= 65536) << c.warpgroups;
+    EXPECT(c.MultiplierRegisters() % 8 == 0 && c.OtherRegisters() % 8 == 0) << c.warpgroups;
+    EXPECT(2 * c.tokens * hopper::kRowTile * 2 <= c.StageBytes(1)) << "y of two warpgroups does not fit a stage";
+    EXPECT(c.batch == 1 || c.batch == 2) << "registers of operands take turns within a step";
+  }
+}
+
+void EveryKernelIsChosenWhereItIsTheFastest() {
+  const auto kernel = [](int64_t m, const DeviceDescription& device, int inner_k_tiles = 8) {
+    Problem p = MakeProblem(m, 4096, 4096);
+    p.inner_k_tiles = inner_k_tiles;
+    return MakePlan(p, device, "")->kernel;
+  };
+  for (const int64_t m : {1, 8, 16}) EXPECT(kernel(m, kH200) == Kernel::kDecode) << m;
+  for (const int64_t m : {17, 33, 64, 1000, 8192}) EXPECT(kernel(m, kH200) == Kernel::kHopper) << m;
+  EXPECT(kernel(1, kH200, 4) == Kernel::kAmpere) << "inner_k_tiles of 4";
+  EXPECT(kernel(17, kH200, 4) == Kernel::kHopper) << "inner_k_tiles of 4";
+  DeviceDescription without_sm_90a = kH200;
+  without_sm_90a.has_sm_90a_code = false;
+  for (const DeviceDescription& device :
+       {DeviceDescription{80, 108}, DeviceDescription{89, 142}, DeviceDescription{100, 148}, without_sm_90a}) {
+    for (const int64_t m : {1, 16, 32}) EXPECT(kernel(m, device) == Kernel::kDecode) << m;
+    for (const int64_t m : {33, 4096}) EXPECT(kernel(m, device) == Kernel::kAmpere) << m;
+  }
+  const StatusOr<Plan> wide = MakePlan(MakeProblem(4096, 4096, 4096), DeviceDescription{80, 108}, "");
+  EXPECT(ampere::kConfigs[wide->config].tokens >= 64) << wide->config;
+}
+
+void TheHopperTileIsTheFastestMeasured() {
+  const auto tile = [](int64_t m, int64_t n, int64_t k) {
+    const HopperPlan plan = *PlanHopper(MakeProblem(m, n, k), kH200, -1);
+    return TileOf(plan) + "/" + std::to_string(plan.schedule.split_k);
+  };
+  EXPECT(tile(4096, 14336, 4096) == "128x256/1") << tile(4096, 14336, 4096);
+  EXPECT(tile(1024, 3072, 3072) == "192x128/1") << tile(1024, 3072, 3072);
+  EXPECT(tile(256, 4096, 14336) == "128x128/2") << tile(256, 4096, 14336);
+  EXPECT(tile(64, 14336, 4096) == "128x64/1") << tile(64, 14336, 4096);
+  EXPECT(tile(64, 28672, 8192) == "256x64/1") << tile(64, 28672, 8192);
 }
 
 void WhatCannotBeServedIsASentence() {
@@ -144,6 +220,16 @@ void WhatCannotBeServedIsASentence() {
   EXPECT(status.code() == StatusCode::kUnimplemented && Contains(status, "not known")) << status.message();
   status = MakePlan(MakeProblem(int64_t{1} << 21, 64, 256), kH200, "decode").status();
   EXPECT(status.code() == StatusCode::kUnimplemented && Contains(status, "no schedule")) << status.message();
+  status = MakePlan(p, DeviceDescription{100, 148}, "hopper").status();
+  EXPECT(status.code() == StatusCode::kUnimplemented && Contains(status, "sm_100")) << status.message();
+  status = MakePlan(p, DeviceDescription{90, 132, false}, "hopper/128x64").status();
+  EXPECT(status.code() == StatusCode::kUnimplemented && Contains(status, "no code for sm_90a")) << status.message();
+  status = MakePlan(p, kH200, "hopper/1x1").status();
+  EXPECT(status.code() == StatusCode::kUnimplemented && Contains(status, "hopper/128x256")) << status.message();
+  status = MakePlan(MakeProblem(kUnknownM, 64, 256), kH200, "hopper").status();
+  EXPECT(status.code() == StatusCode::kUnimplemented && Contains(status, "not known")) << status.message();
+  status = MakePlan(MakeProblem(int64_t{1} << 31, 64, 256), kH200, "hopper").status();
+  EXPECT(status.code() == StatusCode::kUnimplemented && Contains(status, "Split")) << status.message();
   status = MakePlan(MakeProblem(1, 12, 256), kH200, "").status();
   EXPECT(status.code() == StatusCode::kInvalidArgument && Contains(status, "12")) << status.message();
   status = MakePlan(MakeProblem(int64_t{1} << 40, 4096, 256), kH200, "").status();
@@ -169,7 +255,10 @@ int main() {
   int4mm::cuda::DecodeSumsFitTheRingWhosePlaceTheyTake();
   int4mm::cuda::DecodeSchedulesCoverTheOutput();
   int4mm::cuda::TheDecodeScheduleIsTheOneWithTheFewestSteps();
-  int4mm::cuda::FewTokensTakeTheDecodeKernelAndManyWideTiles();
+  int4mm::cuda::HopperSchedulesCoverTheOutput();
+  int4mm::cuda::HopperTilesFitTheHardware();
+  int4mm::cuda::EveryKernelIsChosenWhereItIsTheFastest();
+  int4mm::cuda::TheHopperTileIsTheFastestMeasured();
   int4mm::cuda::WhatCannotBeServedIsASentence();
   int4mm::cuda::AnUnknownMTakesAKernelWithoutWorkspace();
   return int4mm::test::Result();

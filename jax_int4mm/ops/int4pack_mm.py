@@ -36,8 +36,8 @@ def int4pack_mm(
       packed: int32 ``[n/8, k/(16*inner_k_tiles), 32, inner_k_tiles/2]`` from :func:`jax_int4mm.pack_int4`.
       scales_and_zeros: [k/group_size, n, 2] in x's dtype: (scale, zero), both floats, zero added.
       group_size: 32, 64, 128 or 256 values of k that share a scale and a zero.
-      implementation: None to choose, "reference" (plain ``jnp``), or a kernel's name: "decode" (inner_k_tiles = 8) or
-        "ampere" on CUDA; "avx512", "avx2", "neon", "scalar" on the CPU. The environment variable
+      implementation: None to choose, "reference" (plain ``jnp``), or a kernel's name: "decode" (inner_k_tiles = 8),
+        "hopper" (sm_90) or "ampere" on CUDA; "avx512", "avx2", "neon", "scalar" on the CPU. The environment variable
         JAX_INT4MM_IMPLEMENTATION names a default.
 
     Returns:

@@ -51,6 +51,13 @@ def test_every_n_and_long_sums(kernel: Kernel, dtype: np.dtype, n: int, rng: np.
     assert_right(kernel, [cases.random_x(rng, (m, k), dtype) for m in (1, 17, 129)], weight, kernel.device)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_more_tiles_than_a_gpu_has_multiprocessors(kernel: Kernel, dtype: np.dtype, rng: np.random.Generator) -> None:
+    # At least 147 tiles of any size: a CTA that takes several in turn has to keep its place in them.
+    weight = cases.random_weight(rng, 6152, 256, 64, 8, dtype)
+    assert_right(kernel, [cases.random_x(rng, (m, 256), dtype) for m in (40, 701)], weight, kernel.device)
+
+
 @FORMATS
 def test_the_identity_reads_off_the_weight_that_dequantize_returns(
     kernel: Kernel, dtype: np.dtype, group_size: int, inner_k_tiles: int, rng: np.random.Generator
@@ -107,7 +114,7 @@ def test_a_named_kernel_is_the_one_that_runs(kernel: Kernel, m: int, rng: np.ran
 
 def test_the_cuda_tiles_are_those_of_the_plan() -> None:
     found = []
-    for kernel in ("decode", "ampere"):
+    for kernel in ("decode", "hopper", "ampere"):
         with pytest.raises(ValueError, match="names no tile") as error:
             _ffi.plan("cuda", 1, 8, 128, 128, 8, "bfloat16", f"{kernel}/none", (90, 132))
         named = [part for part in str(error.value).split('"') if part.startswith(f"{kernel}/")]

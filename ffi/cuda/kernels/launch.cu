@@ -33,11 +33,20 @@ Status SharedMemoryLimit::Raise(const void* kernel) {
 }
 
 Status LaunchKernel(const char* what, const void* kernel, SharedMemoryLimit& limit, dim3 grid, int threads,
-                    int shared_bytes, void* arguments, cudaStream_t stream) {
+                    int shared_bytes, void* arguments, cudaStream_t stream, int cluster) {
   if (Status status = limit.Raise(kernel); !status.ok()) return status;
-  return CudaStatus(cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(threads)), &arguments,
-                                     static_cast<size_t>(shared_bytes), stream),
-                    what);
+  cudaLaunchAttribute dimension = {};
+  dimension.id = cudaLaunchAttributeClusterDimension;
+  dimension.val.clusterDim.x = static_cast<unsigned>(cluster);
+  dimension.val.clusterDim.y = dimension.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &dimension;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  return CudaStatus(cudaLaunchKernelExC(&config, kernel, &arguments), what);
 }
 
 }  // namespace int4mm::cuda

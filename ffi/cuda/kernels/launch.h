@@ -21,8 +21,9 @@ class SharedMemoryLimit {
   std::atomic<uint64_t> raised_devices_{0};
 };
 
-// Enqueues a kernel that takes one struct; `what` is the launch's name in an error.
+// Enqueues a kernel that takes one struct; `what` is the launch's name in an error, and `cluster` how many CTAs beside
+// each other along x form a cluster.
 Status LaunchKernel(const char* what, const void* kernel, SharedMemoryLimit& limit, dim3 grid, int threads,
-                    int shared_bytes, void* arguments, cudaStream_t stream);
+                    int shared_bytes, void* arguments, cudaStream_t stream, int cluster = 1);
 
 }  // namespace int4mm::cuda

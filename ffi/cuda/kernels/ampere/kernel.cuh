@@ -9,6 +9,7 @@
 #include "core/problem.h"
 #include "cuda/kernels/ampere/config.h"
 #include "cuda/kernels/dequant.cuh"
+#include "cuda/kernels/float_bits.cuh"
 #include "cuda/kernels/ptx.cuh"
 
 namespace int4mm::cuda::ampere {
@@ -179,8 +180,8 @@ __device__ __forceinline__ void MultiplyStep(float (&sums)[kConfigs[kConfig].pai
       const uint32_t group = scales + (j >> args.group_shift) * kTile.TileN() * 4;
 #pragma unroll
       for (int p = 0; p < kTile.pairs; ++p) {
-        groups[p][0] = SplitScaleAndZero(ptx::LoadShared(group + 16 * p * 4));
-        groups[p][1] = SplitScaleAndZero(ptx::LoadShared(group + (16 * p + 8) * 4));
+        groups[p][0] = SplitScaleAndZero<Float>(ptx::LoadShared(group + 16 * p * 4));
+        groups[p][1] = SplitScaleAndZero<Float>(ptx::LoadShared(group + (16 * p + 8) * 4));
       }
     }
 
@@ -216,21 +217,6 @@ __device__ __forceinline__ void MultiplyStep(float (&sums)[kConfigs[kConfig].pai
       }
     }
   }
-}
-
-template <typename Float>
-__device__ __forceinline__ uint32_t RoundPair(float low, float high);
-
-template <>
-__device__ __forceinline__ uint32_t RoundPair<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-template <>
-__device__ __forceinline__ uint32_t RoundPair<__half>(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 template <typename Float, int kConfig>
@@ -317,7 +303,7 @@ __global__ void __launch_bounds__(kConfigs[kConfig].Threads(), kConfigs[kConfig]
       sum.y += part.y;
     }
     uint16_t* const target = args.operands.y + (at.first_token + token) * args.n + at.first_row + row;
-    *reinterpret_cast<uint32_t*>(target) = RoundPair<Float>(sum.x, sum.y);
+    *reinterpret_cast<uint32_t*>(target) = FloatBits<Float>::RoundPair(sum.x, sum.y);
   }
 }
 

@@ -7,7 +7,8 @@
 
 #include "core/problem.h"
 #include "cuda/kernels/decode/config.h"
-#include "cuda/kernels/decode/nibble.cuh"
+#include "cuda/kernels/float_bits.cuh"
+#include "cuda/kernels/nibble.cuh"
 #include "cuda/kernels/ptx.cuh"
 
 namespace int4mm::cuda::decode {
@@ -239,8 +240,8 @@ __device__ __forceinline__ void MultiplyPair(float (&sums)[kConfigs[kConfig].tok
     // sum ((q - 8) scale + zero) x = scale sum (q - 8) x + zero sum x
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float scale = Code::Scale(scales[half]);
-      const float zero = Code::Zero(scales[half]);
+      const float scale = FloatBits<Float>::Low(scales[half]);
+      const float zero = FloatBits<Float>::High(scales[half]);
 #pragma unroll
       for (int t = 0; t < kBlocks; ++t) {
 #pragma unroll
@@ -375,16 +376,17 @@ __global__ void __launch_bounds__(32 * kConfigs[kConfig].most_warps, 1) Kernel(c
           sum.w += value.w;
         }
       }
-      using Code = Nibble<Float>;
+      using Bits = FloatBits<Float>;
+      constexpr float kUnit = Nibble<Float>::kUnit;
       const int tile = chunk + block / kBlocks * 2;
       const bool two_tiles = tile + 1 < at.tiles;
       const bool two_tokens = token + 1 < at.tokens;
       uint16_t* const y = args.operands.y + static_cast<int64_t>(at.first_token + token) * args.n +
                           (at.first_tile + tile) * 8 + at.lane / 4;
-      y[0] = Code::Round(Code::kUnit * sum.x);
-      if (two_tiles) y[8] = Code::Round(Code::kUnit * sum.z);
-      if (two_tokens) y[args.n] = Code::Round(Code::kUnit * sum.y);
-      if (two_tiles && two_tokens) y[args.n + 8] = Code::Round(Code::kUnit * sum.w);
+      y[0] = Bits::Round(kUnit * sum.x);
+      if (two_tiles) y[8] = Bits::Round(kUnit * sum.z);
+      if (two_tokens) y[args.n] = Bits::Round(kUnit * sum.y);
+      if (two_tiles && two_tokens) y[args.n + 8] = Bits::Round(kUnit * sum.w);
     }
     partials += other_partials;
     other_partials = -other_partials;

@@ -9,7 +9,7 @@ namespace int4mm::cuda::decode {
 
 Status Launch(const Problem& problem, const Operands& operands, const Plan& plan, cudaStream_t stream) {
   static std::array<SharedMemoryLimit, 4 * kConfigs.size()> limits;
-  const Schedule& schedule = plan.schedule;
+  const Schedule& schedule = plan.decode;
   const int groups = GroupsPerStep(problem.group_size);
   const bool float16 = problem.dtype == DType::kFloat16;
   const int tiles = static_cast<int>(problem.n / 8);

@@ -1,0 +1,118 @@
+#include "cuda/hopper_plan.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+
+namespace int4mm::cuda {
+namespace {
+
+using hopper::Config;
+using hopper::kConfigs;
+using hopper::Schedule;
+
+constexpr int64_t kMostTiles = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMostTokens = int64_t{1} << 30;  // Copies address rows of x and y in 32 bits.
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Microseconds of a step of 128 values of k in each tile of kConfigs, with one group a step and with two or four, fitted
+// to the time of every tile and split on an H200 (docs/kernels/hopper.md); only ratios between tiles matter.
+struct StepTime {
+  double one_group;
+  double more_groups;
+};
+constexpr std::array<StepTime, kConfigs.size()> kStepTimes = {{
+    {0.372, 0.422},  // 128 x 16
+    {0.399, 0.450},  // 128 x 32
+    {0.696, 0.779},  // 256 x 32
+    {0.437, 0.496},  // 128 x 48
+    {0.477, 0.537},  // 128 x 64
+    {0.661, 0.740},  // 192 x 64
+    {0.920, 1.020},  // 256 x 64
+    {0.538, 0.588},  // 128 x 80
+    {0.583, 0.651},  // 128 x 96
+    {0.811, 0.948},  // 192 x 96
+    {0.633, 0.710},  // 128 x 112
+    {0.688, 0.753},  // 128 x 128
+    {0.997, 1.049},  // 192 x 128
+    {0.874, 0.883},  // 128 x 160
+    {1.007, 1.028},  // 128 x 192
+    {1.185, 1.184},  // 128 x 224
+    {1.325, 1.326},  // 128 x 256
+}};
+
+// Clusters that find room at the same time: one lies within a group of 16 or 18 SMs, and not all groups are whole.
+int64_t MostClusters(const DeviceDescription& device, int split_k) {
+  const double share = split_k <= 2 ? 1.0 : split_k == 4 ? 0.85 : 0.73;
+  return static_cast<int64_t>(device.sm_count * share) / split_k;
+}
+
+// Estimated microseconds of a call, but for what all schedules have in common.
+double Cost(const Problem& p, const DeviceDescription& device, const HopperPlan& plan) {
+  constexpr double kPerTile = 0.57;          // Its start and its output.
+  constexpr double kPerTileToken = -0.0022;  // Wide tiles hide more of both.
+  constexpr double kSplit = 0.6;             // Two meetings of a cluster,
+  constexpr double kPerSplitToken = 0.0113;  // the exchange of sums,
+  constexpr double kPerSplit = 0.49;         // and the addition of log2(split_k) of them.
+  constexpr double kBusy = 0.13;             // All SMs at work are slower than one: power, and the rate of the L2.
+  constexpr double kUsuallyBusy = 0.9;
+  const Config& c = kConfigs[plan.config];
+  const int split_k = plan.schedule.split_k;
+  const int64_t tiles = plan.tiles_m * plan.tiles_n;
+  const StepTime& time = kStepTimes[plan.config];
+  const double step = hopper::GroupsPerStep(p.group_size) == 1 ? time.one_group : time.more_groups;
+  const double busy = static_cast<double>(std::min<int64_t>(tiles * split_k, device.sm_count)) / device.sm_count;
+  const double tokens = c.tokens * c.Rows() / 128.0;
+  const double steps = static_cast<double>(CeilDiv(CeilDiv(p.k, hopper::kStepK), split_k));
+  const double waves = static_cast<double>(CeilDiv(tiles, plan.schedule.clusters));
+  double cost = waves * (steps * step * (1 + kBusy * (busy - kUsuallyBusy)) + kPerTile + kPerTileToken * tokens);
+  if (split_k > 1) cost += kSplit + kPerSplitToken * tokens + kPerSplit * std::log2(split_k);
+  return cost;
+}
+
+std::optional<HopperPlan> MakeHopperPlan(const Problem& problem, const DeviceDescription& device, int config,
+                                         int split_k) {
+  const Config& c = kConfigs[config];
+  HopperPlan plan;
+  plan.config = config;
+  plan.tiles_m = CeilDiv(problem.m, c.tokens);
+  plan.tiles_n = CeilDiv(problem.n, c.Rows());
+  if (plan.tiles_m > kMostTiles / plan.tiles_n) return std::nullopt;
+  const int64_t tiles = plan.tiles_m * plan.tiles_n;
+  const int64_t most_clusters = MostClusters(device, split_k);
+  // Sums are exchanged through shared memory that the next tile would need: no CTA takes two tiles.
+  if (split_k > 1 && (tiles > most_clusters || split_k > CeilDiv(problem.k, hopper::kStepK))) return std::nullopt;
+  Schedule& s = plan.schedule;
+  s.clusters = static_cast<int>(std::min(tiles, most_clusters));
+  s.split_k = split_k;
+  const int stage_bytes = c.StageBytes(hopper::GroupsPerStep(problem.group_size));
+  s.stages = std::min((device.SharedBytesPerCta() - hopper::kBarrierBytes) / stage_bytes, hopper::kMostStages);
+  s.shared_bytes = s.stages * stage_bytes + hopper::kBarrierBytes;
+  if (s.stages <= c.OutputStages()) return std::nullopt;
+  if (split_k > 1 && s.stages * stage_bytes < c.ExchangeBytes(split_k)) return std::nullopt;
+  return plan;
+}
+
+}  // namespace
+
+std::optional<HopperPlan> PlanHopper(const Problem& problem, const DeviceDescription& device, int config) {
+  if (!device.HasHopperKernel() || problem.m > kMostTokens) return std::nullopt;
+  std::optional<HopperPlan> best;
+  double least = std::numeric_limits<double>::infinity();
+  for (int i = 0; i < static_cast<int>(kConfigs.size()); ++i) {
+    if (config >= 0 && i != config) continue;
+    for (const int split_k : {1, 2, 4, 8}) {
+      const std::optional<HopperPlan> plan = MakeHopperPlan(problem, device, i, split_k);
+      if (!plan) continue;
+      const double cost = Cost(problem, device, *plan);
+      if (cost >= least) continue;
+      best = plan;
+      least = cost;
+    }
+  }
+  return best;
+}
+
+}  // namespace int4mm::cuda

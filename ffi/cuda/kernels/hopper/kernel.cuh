@@ -1,0 +1,405 @@
+// y^T = w x^T by products of warpgroups (wgmma), the weights dequantised into registers. docs/kernels/hopper.md is the
+// essay.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <utility>
+
+#include "core/problem.h"
+#include "cuda/kernels/dequant.cuh"
+#include "cuda/kernels/float_bits.cuh"
+#include "cuda/kernels/hopper/config.h"
+#include "cuda/kernels/hopper/ptx.cuh"
+
+namespace int4mm::cuda::hopper {
+
+// Division by a number that is known on the host.
+struct Divisor {
+  uint32_t divisor = 1;
+  uint32_t reciprocal = 0xFFFFFFFF;  // floor(2^32 / divisor), or a little less.
+
+  Divisor() = default;
+  explicit Divisor(int64_t value)
+      : divisor(static_cast<uint32_t>(value)), reciprocal(static_cast<uint32_t>(0xFFFFFFFF / value)) {}
+
+  // The quotient; `value` becomes the remainder.
+  __device__ __forceinline__ uint32_t Divide(uint32_t& value) const {
+    uint32_t quotient = __umulhi(value, reciprocal);
+    value -= quotient * divisor;
+    while (value >= divisor) {
+      value -= divisor;
+      ++quotient;
+    }
+    return quotient;
+  }
+};
+
+struct Arguments {
+  CUtensorMap x;       // [m][k], boxes [tokens][kBoxK], swizzled.
+  CUtensorMap packed;  // [n / 8][k], boxes [Rows() / 8][kStepK].
+  CUtensorMap scales;  // [k / group_size][n], boxes [groups of a step][Rows()].
+  CUtensorMap y;       // [m][n], boxes [tokens][kRowTile], swizzled.
+  uint16_t* output;    // y, too.
+  int64_t m;
+  int n;
+  int group_shift;  // log2(group_size)
+  int inner_k_tiles;
+  int tiles;
+  // Tiles of neighbouring clusters have tokens in common: up to kRaster token tiles form a band, all rows of which are
+  // taken before the next band. The last band may have fewer.
+  int bands;
+  Divisor per_band;
+  Divisor band_tiles_m;
+  Divisor last_band_tiles_m;
+  int split_k;
+  int split_shift;     // log2(split_k)
+  int steps_per_part;  // Of kStepK values of k, of each CTA of a cluster;
+  int larger_parts;    // the first so many have one more.
+  int stages;
+  int stage_bytes;
+  int copied_bytes;  // Of a stage.
+};
+
+constexpr int kRaster = 8;
+// f32 sums of the tensor cores are truncated, an error of one sign. Tiles with registers for a second set of sums add
+// up this many steps from zero and then add in rounded f32.
+constexpr int kStretch = 8;
+
+// A cluster's tile of the output.
+struct Tile {
+  int first_token;
+  int first_row;
+
+  __device__ __forceinline__ Tile(const Arguments& args, const Config& config, int index) {
+    uint32_t in_band = static_cast<uint32_t>(index);
+    const uint32_t band = args.per_band.Divide(in_band);
+    uint32_t tile_m = in_band;
+    const bool last = static_cast<int>(band) == args.bands - 1;
+    const uint32_t tile_n = (last ? args.last_band_tiles_m : args.band_tiles_m).Divide(tile_m);
+    first_row = static_cast<int>(tile_n) * config.Rows();
+    first_token = static_cast<int>(band * kRaster + tile_m) * config.tokens;
+  }
+};
+
+// The CTA's place among the clusters, its part of k, and its shared memory: the ring, then the barriers.
+struct Place {
+  int cluster;
+  int clusters;
+  int rank;  // In the cluster.
+  int first_step;
+  int steps;
+  uint32_t ring;
+  // Barriers of the stages:
+  uint32_t full;    // copied, or given to the output,
+  uint32_t empty;   // multiplied, or stored,
+  uint32_t output;  // filled with output.
+
+  __device__ __forceinline__ Place(const Arguments& args, uint32_t shared) {
+    // From blockIdx, not the registers of clusters: the compiler knows that all threads agree on it.
+    const int block = static_cast<int>(blockIdx.x);
+    cluster = block >> args.split_shift;
+    clusters = static_cast<int>(gridDim.x) >> args.split_shift;
+    rank = block & (args.split_k - 1);
+    first_step = rank * args.steps_per_part + min(rank, args.larger_parts);
+    steps = args.steps_per_part + (rank < args.larger_parts ? 1 : 0);
+    ring = shared;
+    full = shared + args.stages * args.stage_bytes;
+    empty = full + 8 * kMostStages;
+    output = empty + 8 * kMostStages;
+  }
+
+  __device__ __forceinline__ uint32_t Stage(const Arguments& args, int stage) const {
+    return ring + stage * args.stage_bytes;
+  }
+};
+
+// The next stage of the ring and the parity of its round.
+struct Turn {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void Next(const Arguments& args) {
+    if (++stage == args.stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// One thread copies every stage of every tile, and hands stages to the output.
+template <int kConfig>
+__device__ __forceinline__ void Produce(const Arguments& args, const Place& at) {
+  constexpr Config kTile = kConfigs[kConfig];
+  Turn turn;
+  for (int index = at.cluster; index < args.tiles; index += at.clusters) {
+    const Tile tile(args, kTile, index);
+    for (int step = at.first_step; step < at.first_step + at.steps; ++step) {
+      const uint32_t full = at.full + 8 * turn.stage;
+      const uint32_t x = at.Stage(args, turn.stage);
+      const uint32_t words = x + kTile.XBytes();
+      const int k = step * kStepK;
+      ptx::WaitBarrier(at.empty + 8 * turn.stage, turn.parity ^ 1);
+      ptx::ExpectBytes(full, args.copied_bytes);
+      ptx::CopyTensorTile(words, &args.packed, tile.first_row / 8, k, full);
+      ptx::CopyTensorTile(words + kTile.WordBytes(), &args.scales, k >> args.group_shift, tile.first_row, full);
+      ptx::CopyTensorTile(x, &args.x, tile.first_token, k, full);
+      ptx::CopyTensorTile(x + kTile.XBytes() / 2, &args.x, tile.first_token, k + kBoxK, full);
+      turn.Next(args);
+    }
+    if (args.split_k > 1) continue;
+    for (int i = 0; i < kTile.OutputStages(); ++i) {
+      ptx::WaitBarrier(at.empty + 8 * turn.stage, turn.parity ^ 1);
+      ptx::Arrive(at.full + 8 * turn.stage, 1);
+      turn.Next(args);
+    }
+  }
+}
+
+// One thread of another warp stores what the multiplying warps have put into stages.
+template <int kConfig>
+__device__ __forceinline__ void StoreOutput(const Arguments& args, const Place& at) {
+  constexpr Config kTile = kConfigs[kConfig];
+  constexpr int kBytes = kTile.tokens * kRowTile * 2;
+  int stage = 0;
+  uint32_t parities = 0;  // Of the barriers of all stages.
+  for (int index = at.cluster; index < args.tiles; index += at.clusters) {
+    const Tile tile(args, kTile, index);
+    stage = (stage + at.steps) % args.stages;
+    for (int i = 0; i < kTile.OutputStages(); ++i) {
+      ptx::WaitBarrier(at.output + 8 * stage, parities >> stage & 1);
+      parities ^= 1u << stage;
+      const int row = tile.first_row + 2 * kRowTile * i;
+      const uint32_t y = at.Stage(args, stage);
+      if (row < args.n) ptx::StoreTensorTile(&args.y, tile.first_token, row, y);
+      if (2 * i + 1 < kTile.warpgroups && row + kRowTile < args.n)
+        ptx::StoreTensorTile(&args.y, tile.first_token, row + kRowTile, y + kBytes);
+      ptx::WaitStoresRead();
+      ptx::Arrive(at.empty + 8 * stage, 4 * kTile.warpgroups);
+      if (++stage == args.stages) stage = 0;
+    }
+  }
+}
+
+// A lane's words of an n-tile in one step, word j of values 32 j and on.
+__device__ __forceinline__ void LoadWords(uint32_t (&word)[4], uint32_t tile, int lane, int inner_k_tiles) {
+  if (inner_k_tiles == 8) {
+    ptx::LoadShared(word, tile + lane * 16);
+  } else if (inner_k_tiles == 4) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) word[j] = ptx::LoadShared(tile + j / 2 * 256 + lane * 8 + j % 2 * 4);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) word[j] = ptx::LoadShared(tile + j * 128 + lane * 4);
+  }
+}
+
+// Stores a warp's 16 rows by 8 tokens. They are transposed, so that four lanes hold the 16 rows of a token.
+template <typename Float>
+__device__ __forceinline__ void StoreSums(const Arguments& args, int first_token, int row, int lane,
+                                          const float (&sums)[4]) {
+  const uint32_t upper = ptx::Transpose8x8(FloatBits<Float>::RoundPair(sums[0], sums[1]));
+  const uint32_t lower = ptx::Transpose8x8(FloatBits<Float>::RoundPair(sums[2], sums[3]));
+  // A lane has two rows of each half; an even one takes its neighbour's of the upper, an odd one of the lower.
+  const bool odd = lane % 2 == 1;
+  const uint32_t received = __shfl_xor_sync(0xFFFFFFFF, odd ? upper : lower, 1);
+  const uint2 rows = odd ? make_uint2(received, lower) : make_uint2(upper, received);
+  const int64_t token = first_token + lane / 4;
+  const int first = row + (odd ? 6 : 0) + lane % 4 * 2;
+  if (token < args.m && first < args.n) *reinterpret_cast<uint2*>(args.output + token * args.n + first) = rows;
+}
+
+template <typename Float, int kConfig, int kGroups>
+__device__ __forceinline__ void Consume(const Arguments& args, const Place& at, int thread) {
+  constexpr Config kTile = kConfigs[kConfig];
+  constexpr int kBlocks = kTile.tokens / 8;
+  constexpr bool kStretches = kTile.Stretches();
+  constexpr int kBatch = kTile.batch;
+  const int lane = thread % 32;
+  // The shuffle tells the compiler that all lanes agree, so that what follows from it, branches too, is a warp's.
+  const int warp = __shfl_sync(0xFFFFFFFF, thread / 32, 0);
+  const int first_row = warp * 16;  // In the tile.
+  const uint32_t words_offset = kTile.XBytes() + first_row / 8 * (kStepK * 4);
+  const uint32_t scales_offset = kTile.XBytes() + kTile.WordBytes() + (first_row + lane / 4) * 4;
+
+  Turn turn;
+  for (int index = at.cluster; index < args.tiles; index += at.clusters) {
+    float sums[kBlocks][4] = {};
+    float stretch[kStretches ? kBlocks : 1][4];
+    uint32_t a[2][kBatch][2][4];
+    int previous = 0;  // Stage.
+    for (int step = 0; step < at.steps; ++step) {
+      ptx::WaitBarrier(at.full + 8 * turn.stage, turn.parity);
+      const uint32_t stage = at.Stage(args, turn.stage);
+      const uint64_t x = ptx::SwizzledMatrix(stage);
+      uint32_t word[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        LoadWords(word[half], stage + words_offset + half * (kStepK * 4), lane, args.inner_k_tiles);
+      }
+      ScaleAndZero groups[2];
+#pragma unroll
+      for (int batch = 0; batch < 4 / kBatch; ++batch) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int j = batch * kBatch + i;
+          if (j < kGroups) {
+            const uint32_t group = kGroups > 1 ? (32 * j) >> args.group_shift : 0;
+            const uint32_t scales = stage + scales_offset + group * (kTile.Rows() * 4);
+            groups[0] = SplitScaleAndZero<Float>(ptx::LoadShared(scales));
+            groups[1] = SplitScaleAndZero<Float>(ptx::LoadShared(scales + 8 * 4));
+          }
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            uint32_t(&to)[2][4] = a[batch % 2][i];
+            to[0][half] = DequantizePair<Float, 0>(word[half][j], groups[half]);
+            to[0][2 + half] = DequantizePair<Float, 1>(word[half][j], groups[half]);
+            to[1][half] = DequantizePair<Float, 2>(word[half][j], groups[half]);
+            to[1][2 + half] = DequantizePair<Float, 3>(word[half][j], groups[half]);
+          }
+        }
+        ptx::WgmmaFence();
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+          for (int s = 0; s < 2; ++s) {
+            const int k16 = 2 * (batch * kBatch + i) + s;  // Which 16 values of the step; 32 bytes of a row of x.
+            const uint64_t b = x + (k16 / 4 * (kTile.XBytes() / 2) + k16 % 4 * 32) / 16;
+            if constexpr (kStretches) {
+              ptx::Wgmma<Float, kTile.tokens>::Start(stretch, a[batch % 2][i][s], b, k16 > 0 ? 1 : step % kStretch);
+            } else {
+              ptx::Wgmma<Float, kTile.tokens>::Start(sums, a[batch % 2][i][s], b, 1);
+            }
+          }
+        }
+        ptx::WgmmaCommit();
+        ptx::WgmmaWait<1>();
+        if (batch == 0) ptx::ArriveIf(lane == 0 && step > 0, at.empty + 8 * previous);
+      }
+      if (kStretches && (step % kStretch == kStretch - 1 || step + 1 == at.steps)) {
+        ptx::WgmmaWait<0>();
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[b][i] += stretch[b][i];
+        }
+      }
+      previous = turn.stage;
+      turn.Next(args);
+    }
+    ptx::WgmmaWait<0>();
+    ptx::ArriveIf(lane == 0, at.empty + 8 * previous);
+
+    if (args.split_k == 1) {
+      // Into the stage of this pair of warpgroups, as the copy engine takes it: [token][row], chunks of 16 bytes (8 rows)
+      // swizzled.
+      for (int i = 0; i < kTile.OutputStages(); ++i) {
+        if (kTile.OutputStages() == 1 || i == warp / 8) {
+          ptx::WaitBarrier(at.full + 8 * turn.stage, turn.parity);
+          const int token = lane / 16 * 8 + lane % 8;
+          const int chunk = warp % 4 * 2 + lane / 8 % 2;
+          uint32_t y = at.Stage(args, turn.stage) + warp / 4 % 2 * (kTile.tokens * kRowTile * 2) +
+                       token * (kRowTile * 2) + ((chunk ^ token % 8) << 4);
+#pragma unroll
+          for (int b = 0; b < kBlocks; b += 2, y += 16 * kRowTile * 2) {
+            ptx::StoreMatrixTransposedX4(y, FloatBits<Float>::RoundPair(sums[b][0], sums[b][1]),
+                                         FloatBits<Float>::RoundPair(sums[b][2], sums[b][3]),
+                                         FloatBits<Float>::RoundPair(sums[b + 1][0], sums[b + 1][1]),
+                                         FloatBits<Float>::RoundPair(sums[b + 1][2], sums[b + 1][3]));
+          }
+          ptx::FenceCopyEngine();
+          __syncwarp();
+          // The barrier is one for two warpgroups; where there is one, it counts twice.
+          if (lane == 0) ptx::Arrive(at.output + 8 * turn.stage, 2 * i + 1 < kTile.warpgroups ? 1 : 2);
+        }
+        turn.Next(args);
+      }
+      continue;
+    }
+
+    // Block b of 8 tokens is added up by the CTA of rank b % split_k, in the order of k; all send it theirs, into its
+    // ring, which nobody reads any more. What follows is a loop, since code that runs once is fetched cold.
+    ptx::ClusterMeetRelaxed();
+    constexpr uint32_t kBlockBytes = 128 * kTile.warpgroups * 16;
+    const uint32_t exchange = at.ring + thread * 16;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const int owner = b & (args.split_k - 1);
+      ptx::StoreCluster(ptx::MapToRank(exchange + (b - owner + at.rank) * kBlockBytes, owner), sums[b]);
+    }
+    ptx::ClusterMeet();
+    const Tile tile(args, kTile, index);
+#pragma unroll 1
+    for (int first = 0; first + at.rank < kBlocks; first += args.split_k) {
+      float total[4] = {};
+      for (int rank = 0; rank < args.split_k; ++rank) {
+        const float4 part = ptx::LoadShared4(exchange + (first + rank) * kBlockBytes);
+        total[0] += part.x;
+        total[1] += part.y;
+        total[2] += part.z;
+        total[3] += part.w;
+      }
+      StoreSums<Float>(args, tile.first_token + 8 * (first + at.rank), tile.first_row + first_row, lane, total);
+    }
+  }
+}
+
+template <typename Float, int kConfig, int kGroups>
+__global__ void __launch_bounds__(kConfigs[kConfig].Threads(), 1) Kernel(const __grid_constant__ Arguments args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr Config kTile = kConfigs[kConfig];
+  constexpr int kProducerThread = 0;
+  constexpr int kStoreThread = 32;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const Place at(args, ptx::SharedAddress(shared));
+  if (threadIdx.x == kProducerThread) {
+    ptx::PrefetchTensorMap(&args.packed);
+    ptx::PrefetchTensorMap(&args.scales);
+    ptx::PrefetchTensorMap(&args.x);
+    for (int i = 0; i < args.stages; ++i) {
+      ptx::InitBarrier(at.full + 8 * i, 1);
+      ptx::InitBarrier(at.empty + 8 * i, 4 * kTile.warpgroups);
+      ptx::InitBarrier(at.output + 8 * i, 8);
+    }
+    ptx::FenceBarrierInit();
+  }
+  __syncthreads();
+
+  if (threadIdx.x < 128) {
+    ptx::ShrinkRegisters<kTile.OtherRegisters()>();
+    if (threadIdx.x == kProducerThread) Produce<kConfig>(args, at);
+    if (args.split_k == 1) {
+      if (threadIdx.x == kStoreThread) StoreOutput<kConfig>(args, at);
+    } else {
+      // The exchange of sums is a meeting of all threads of a cluster, twice a tile.
+      for (int index = at.cluster; index < args.tiles; index += at.clusters) {
+        ptx::ClusterMeetRelaxed();
+        ptx::ClusterMeet();
+      }
+    }
+  } else {
+    ptx::GrowRegisters<kTile.MultiplierRegisters()>();
+    Consume<Float, kConfig, kGroups>(args, at, static_cast<int>(threadIdx.x) - 128);
+  }
+#endif
+}
+
+// The kernels of every tile for one dtype, in the order of kConfigs, for one group a step and for up to four.
+template <typename Float, int... kEvery>
+const void* KernelOf(int config, int groups, std::integer_sequence<int, kEvery...>) {
+  static const std::array<const void*, 2 * sizeof...(kEvery)> kernels = {
+      reinterpret_cast<const void*>(&Kernel<Float, kEvery, 1>)...,
+      reinterpret_cast<const void*>(&Kernel<Float, kEvery, 4>)...};
+  return kernels[(groups == 1 ? 0 : sizeof...(kEvery)) + config];
+}
+
+template <typename Float>
+const void* KernelOf(int config, int groups) {
+  return KernelOf<Float>(config, groups, std::make_integer_sequence<int, static_cast<int>(kConfigs.size())>());
+}
+
+// One translation unit a dtype defines one of these.
+const void* BFloat16Kernel(int config, int groups);
+const void* Float16Kernel(int config, int groups);
+
+}  // namespace int4mm::cuda::hopper

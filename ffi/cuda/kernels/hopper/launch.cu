@@ -1,0 +1,122 @@
+#include "cuda/kernels/hopper/launch.h"
+
+#include <cuda.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <utility>
+
+#include "cuda/kernels/hopper/kernel.cuh"
+#include "cuda/kernels/launch.h"
+
+namespace int4mm::cuda::hopper {
+namespace {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// A function of the driver, found at run time: the library links to the runtime alone.
+StatusOr<Encode> FindEncode() {
+  constexpr const char* kName = "cuTensorMapEncodeTiled";
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(kName, &function, 12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(kName, &function, cudaEnableDefault, &found);
+#endif
+  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess || function == nullptr) {
+    return Internal() << "int4pack_mm: this driver has no " << kName << ", which the Hopper kernel needs ("
+                      << cudaGetErrorString(error) << "). Update the driver, or name implementation=\"ampere\".";
+  }
+  return reinterpret_cast<Encode>(function);
+}
+
+// A row-major matrix [rows][columns] and the box of it that is copied at a time.
+struct Matrix {
+  CUtensorMapDataType dtype;
+  int element_bytes;
+  const void* data;
+  int64_t rows;
+  int64_t columns;
+  int box_rows;
+  int box_columns;
+  CUtensorMapSwizzle swizzle;
+};
+
+Status Describe(const Matrix& matrix, CUtensorMap& map) {
+  static const StatusOr<Encode> encode = FindEncode();
+  if (!encode.ok()) return encode.status();
+  const std::array<cuuint64_t, 2> sizes = {static_cast<cuuint64_t>(matrix.columns),
+                                           static_cast<cuuint64_t>(matrix.rows)};
+  const std::array<cuuint64_t, 1> pitch = {static_cast<cuuint64_t>(matrix.columns * matrix.element_bytes)};
+  const std::array<cuuint32_t, 2> box = {static_cast<cuuint32_t>(matrix.box_columns),
+                                         static_cast<cuuint32_t>(matrix.box_rows)};
+  const std::array<cuuint32_t, 2> strides = {1, 1};
+  const CUresult result =
+      (*encode)(&map, matrix.dtype, 2, const_cast<void*>(matrix.data), sizes.data(), pitch.data(), box.data(),
+                strides.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, matrix.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_SUCCESS) return Status();
+  return Internal() << "int4pack_mm: the tensor map of a " << matrix.rows << " x " << matrix.columns
+                    << " matrix cannot be made (CUresult " << static_cast<int>(result) << ").";
+}
+
+int Log2(int64_t power_of_two) {
+  int log2 = 0;
+  while (int64_t{1} << log2 < power_of_two) ++log2;
+  return log2;
+}
+
+}  // namespace
+
+bool IsCompiled() { return INT4MM_HAS_SM_90A_CODE != 0; }
+
+Status Launch(const Problem& problem, const Operands& operands, const Plan& plan, cudaStream_t stream) {
+  static std::array<SharedMemoryLimit, 4 * kConfigs.size()> limits;
+  const Config& config = kConfigs[plan.config];
+  const Schedule& schedule = plan.hopper;
+  const int groups = GroupsPerStep(problem.group_size);
+  const bool float16 = problem.dtype == DType::kFloat16;
+  const CUtensorMapDataType dtype = float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  Arguments arguments = {};
+  const std::array<std::pair<Matrix, CUtensorMap*>, 4> matrices = {{
+      {{dtype, 2, operands.x, problem.m, problem.k, config.tokens, kBoxK, CU_TENSOR_MAP_SWIZZLE_128B}, &arguments.x},
+      {{CU_TENSOR_MAP_DATA_TYPE_INT32, 4, operands.packed, problem.n / 8, problem.k, config.Rows() / 8, kStepK,
+        CU_TENSOR_MAP_SWIZZLE_NONE},
+       &arguments.packed},
+      {{CU_TENSOR_MAP_DATA_TYPE_INT32, 4, operands.scales_and_zeros, problem.k / problem.group_size, problem.n, groups,
+        config.Rows(), CU_TENSOR_MAP_SWIZZLE_NONE},
+       &arguments.scales},
+      {{dtype, 2, operands.y, problem.m, problem.n, config.tokens, kRowTile, CU_TENSOR_MAP_SWIZZLE_128B},
+       &arguments.y},
+  }};
+  for (const auto& [matrix, map] : matrices) {
+    if (Status status = Describe(matrix, *map); !status.ok()) return status;
+  }
+  arguments.output = operands.y;
+  arguments.m = problem.m;
+  arguments.n = static_cast<int>(problem.n);
+  arguments.group_shift = Log2(problem.group_size);
+  arguments.inner_k_tiles = static_cast<int>(problem.inner_k_tiles);
+  arguments.tiles = static_cast<int>(plan.tiles_m * plan.tiles_n);
+  const int64_t band = std::min<int64_t>(plan.tiles_m, kRaster);
+  arguments.bands = static_cast<int>((plan.tiles_m + band - 1) / band);
+  arguments.per_band = Divisor(band * plan.tiles_n);
+  arguments.band_tiles_m = Divisor(band);
+  arguments.last_band_tiles_m = Divisor(plan.tiles_m - (arguments.bands - 1) * band);
+  const int steps = static_cast<int>((problem.k + kStepK - 1) / kStepK);
+  arguments.split_k = schedule.split_k;
+  arguments.split_shift = Log2(schedule.split_k);
+  arguments.steps_per_part = steps / schedule.split_k;
+  arguments.larger_parts = steps % schedule.split_k;
+  arguments.stages = schedule.stages;
+  arguments.stage_bytes = config.StageBytes(groups);
+  arguments.copied_bytes = config.CopiedBytes(groups);
+  const void* const kernel = float16 ? Float16Kernel(plan.config, groups) : BFloat16Kernel(plan.config, groups);
+  return LaunchKernel("the launch of the Hopper kernel", kernel, limits[4 * plan.config + 2 * (groups > 1) + float16],
+                      dim3(static_cast<unsigned>(schedule.clusters * schedule.split_k)), config.Threads(),
+                      schedule.shared_bytes, &arguments, stream, schedule.split_k);
+}
+
+}  // namespace int4mm::cuda::hopper

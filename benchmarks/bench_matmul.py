@@ -71,8 +71,8 @@ def contenders(
             yield peers.gemlite(layer, m)
     if "bf16" in chosen:
         yield peers.dense_dot(dense, m)
-    if "torch" in chosen:
-        yield peers.torch_dense(dense, m)
+        if peers.why_missing("torch") is None:
+            yield peers.torch_dense(dense, m)
 
 
 def measure(entered: Iterable[Contender]) -> Iterator[tuple[Contender, str, Timing]]:
@@ -118,7 +118,7 @@ def describe_run(chosen: set[str], commit: str | None) -> dict[str, str]:
         said = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
         described["driver"] = said[0].strip() if said else ""
     described |= {"jax": jax.__version__, "torch": ""}
-    if chosen & {"torch", "gemlite"}:
+    if chosen & {"torch", "bf16", "gemlite"} and peers.why_missing("torch") is None:
         import torch
 
         described["torch"] = torch.__version__

@@ -30,8 +30,8 @@ PEER_ERROR = 1e-2
 PEERS = {
     "floor": "a pure read of the bytes of packed and scales_and_zeros",
     "jnp.int4": "a jnp.int4 array, dequantised and dotted inside jit, as XLA compiles it",
-    "torch": "PyTorch's int4 op and its bf16 product",
-    "bf16": "x @ w through jax.jit",
+    "torch": "PyTorch's int4 op",
+    "bf16": "x @ w through jax.jit and, where PyTorch is installed, through it",
     "gemlite": "gemlite's Triton kernels",
 }
 

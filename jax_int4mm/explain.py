@@ -11,7 +11,7 @@ import jax
 
 from jax_int4mm.layout import unpacked_shape
 from jax_int4mm.ops import _ffi
-from jax_int4mm.ops._primitive import REFERENCE
+from jax_int4mm.ops._primitive import DEQUANTIZE, REFERENCE
 from jax_int4mm.ops.int4pack_mm import resolve_implementation
 from jax_int4mm.weight import Int4Weight
 
@@ -22,7 +22,7 @@ class Explanation:
 
     Attributes:
       implementation: the kernel's name, as ``implementation=`` takes it.
-      tile: the kernel's tile, in its own terms; "" for the reference.
+      tile: the kernel's tile, in its own terms; "" for "reference" and "dequantize".
       weights: "rounded" if the kernel multiplies by what ``dequantize`` returns, "exact" if it applies scale and zero
         in f32.
       workspace_bytes: device memory that the call needs beside its operands and its result.
@@ -71,12 +71,15 @@ def explain(
         if platform == "cuda":
             gpu = _ffi.describe_gpu(device)
     implementation = resolve_implementation(implementation)
+    n, k, inner_k_tiles = unpacked_shape(w4.packed.shape[-4:])
+    if implementation == DEQUANTIZE:
+        dense_bytes = n * k * w4.dtype.itemsize
+        return Explanation(DEQUANTIZE, "", "rounded", dense_bytes, "a dense weight for the call, and XLA's own product")
     if implementation == REFERENCE or platform not in ("cpu", "cuda"):
         if implementation not in (None, REFERENCE):
             raise ValueError(f'explain: implementation "{implementation}" has no kernel on platform "{platform}".')
         asked = "asked for" if implementation else f'platform "{platform}" has no kernel of ours'
         return Explanation(REFERENCE, "", "rounded", 0, f"plain jnp, dequantise and dot: {asked}")
-    n, k, inner_k_tiles = unpacked_shape(w4.packed.shape[-4:])
     plan = _ffi.plan(
         platform, math.prod(shape[:-1]), n, k, w4.group_size, inner_k_tiles, str(w4.dtype), implementation, gpu
     )

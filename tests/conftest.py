@@ -96,9 +96,12 @@ def chosen(request: pytest.FixtureRequest) -> Iterator[Kernel]:
         yield request.param
 
 
-@pytest.fixture(params=_kernel_parameters(cpu=("reference",), cuda=("reference",)))
-def reference(request: pytest.FixtureRequest) -> Kernel:
-    """The plain jnp implementation on each platform."""
+XLA_PROGRAMS = ("reference", "dequantize")
+
+
+@pytest.fixture(params=_kernel_parameters(cpu=XLA_PROGRAMS, cuda=XLA_PROGRAMS))
+def xla_program(request: pytest.FixtureRequest) -> Kernel:
+    """The implementations that are plain jnp, on each platform."""
     return request.param
 
 

@@ -89,6 +89,13 @@ def test_other_platforms_take_the_reference(platform: str, w4: i4.Int4Weight) ->
     assert f'"{platform}"' in explanation.reason
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_a_dense_weight_for_the_call_is_counted(platform: str, w4: i4.Int4Weight) -> None:
+    explanation = i4.explain((16, 200), w4, platform, "dequantize")
+    assert (explanation.implementation, explanation.weights) == ("dequantize", "rounded")
+    assert explanation.workspace_bytes == 256 * 32 * 2
+
+
 def test_the_environment_names_the_default(monkeypatch: pytest.MonkeyPatch, w4: i4.Int4Weight) -> None:
     monkeypatch.setenv("JAX_INT4MM_IMPLEMENTATION", "reference")
     assert i4.explain((16, 200), w4, "cpu").implementation == "reference"

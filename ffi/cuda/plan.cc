@@ -191,9 +191,7 @@ StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device,
                            << "; the CUDA kernels take up to " << kMostRows << " of each. Split the weight.";
   }
   const std::string_view name = implementation.substr(0, implementation.find('/'));
-  const Kernel kernel = name == kDecodeName   ? Kernel::kDecode
-                        : name == kHopperName ? Kernel::kHopper
-                                              : Kernel::kAmpere;
+  const Kernel kernel = name == kDecodeName ? Kernel::kDecode : name == kHopperName ? Kernel::kHopper : Kernel::kAmpere;
   if (!name.empty() && name != KernelName(kernel)) {
     return Unimplemented() << "int4pack_mm: implementation \"" << implementation
                            << "\" is not a CUDA kernel of this build; it has " << kEveryImplementation << ". "

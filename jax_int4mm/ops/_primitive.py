@@ -14,9 +14,12 @@ from jax.interpreters import batching, mlir
 
 from jax_int4mm.layout import unpacked_shape
 from jax_int4mm.ops import _ffi
-from jax_int4mm.ops.reference import int4pack_mm_reference
+from jax_int4mm.ops.reference import int4pack_mm_dequantized, int4pack_mm_reference
 
 REFERENCE = "reference"
+DEQUANTIZE = "dequantize"
+# Implementations that are programs of XLA's own, on every platform.
+_XLA_PROGRAMS = {REFERENCE: int4pack_mm_reference, DEQUANTIZE: int4pack_mm_dequantized}
 
 # x [m, k], packed, scales_and_zeros -> y [m, n]; parameters group_size: int and implementation: str | None.
 int4pack_mm_p = Primitive("int4pack_mm")
@@ -46,13 +49,14 @@ def _impl(*operands: jax.Array, **params: Any) -> jax.Array:
         return jax.jit(functools.partial(int4pack_mm_p.bind, **params))(*operands)
 
 
-def _lower_reference(ctx: mlir.LoweringRuleContext, *operands: Any, group_size: int, implementation: str | None) -> Any:
-    if implementation not in (None, REFERENCE):
+def _lower_to_xla(ctx: mlir.LoweringRuleContext, *operands: Any, group_size: int, implementation: str | None) -> Any:
+    program = _XLA_PROGRAMS.get(implementation or REFERENCE)
+    if program is None:
         raise ValueError(
             f'int4pack_mm: implementation "{implementation}" has no kernel on platform '
-            f'{"/".join(ctx.module_context.platforms)}; use None or "reference" there.'
+            f'{"/".join(ctx.module_context.platforms)}; use None, "reference" or "dequantize" there.'
         )
-    rule = mlir.lower_fun(functools.partial(int4pack_mm_reference, group_size=group_size), multiple_results=False)
+    rule = mlir.lower_fun(functools.partial(program, group_size=group_size), multiple_results=False)
     return rule(ctx, *operands)
 
 
@@ -63,8 +67,8 @@ def _lower_to_kernel(
     group_size: int,
     implementation: str | None,
 ) -> Any:
-    if implementation == REFERENCE:
-        return _lower_reference(ctx, *operands, group_size=group_size, implementation=implementation)
+    if implementation in _XLA_PROGRAMS:
+        return _lower_to_xla(ctx, *operands, group_size=group_size, implementation=implementation)
     if platform == "cuda" and not _ffi.has_cuda_kernels() and jax.default_backend() == "gpu":
         raise RuntimeError(
             "int4pack_mm: this jax_int4mm was built without its CUDA kernels, and the program is for a GPU. Reinstall "
@@ -93,7 +97,7 @@ def _lower_to_kernel(
 
 for _platform in ("cpu", "cuda"):
     mlir.register_lowering(int4pack_mm_p, functools.partial(_lower_to_kernel, _platform), platform=_platform)
-mlir.register_lowering(int4pack_mm_p, _lower_reference)
+mlir.register_lowering(int4pack_mm_p, _lower_to_xla)
 
 
 def _batch(

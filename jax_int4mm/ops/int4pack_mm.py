@@ -30,15 +30,17 @@ def int4pack_mm(
     once to x's dtype, as ``dequantize`` returns it, or not at all: ``explain(...).weights`` is "rounded" or "exact".
     Products are summed in f32, and the sum is rounded once. An exact kernel applies scale and zero to sums over a
     group, so rows of x with an infinity, or in bfloat16 with numbers beyond 2**118, can give NaN instead of infinity.
+    On CUDA a bfloat16 scale of 2**126 or more counts as infinite.
 
     Args:
       x: [..., k] bfloat16 or float16 activations; leading dimensions are flattened into m. m = 0 is legal.
       packed: int32 ``[n/8, k/(16*inner_k_tiles), 32, inner_k_tiles/2]`` from :func:`jax_int4mm.pack_int4`.
       scales_and_zeros: [k/group_size, n, 2] in x's dtype: (scale, zero), both floats, zero added.
       group_size: 32, 64, 128 or 256 values of k that share a scale and a zero.
-      implementation: None to choose, "reference" (plain ``jnp``), or a kernel's name: "decode" (inner_k_tiles = 8),
-        "hopper" (sm_90) or "ampere" on CUDA; "avx512", "avx2", "neon", "scalar" on the CPU. The environment variable
-        JAX_INT4MM_IMPLEMENTATION names a default.
+      implementation: None to choose, "reference" (plain ``jnp``), "dequantize" (a dense weight for the call, and XLA's
+        own 16-bit product), or a kernel's name: "decode" (inner_k_tiles = 8), "hopper" (sm_90) or "ampere" on CUDA;
+        "avx512", "avx2", "neon", "scalar" on the CPU. The environment variable JAX_INT4MM_IMPLEMENTATION names a
+        default.
 
     Returns:
       y [..., n] in x's dtype.

@@ -77,17 +77,26 @@ def test_the_identity_reads_off_the_weight_that_dequantize_returns(
         np.testing.assert_array_equal(row[0].astype(np.float64), weight.rounded[:, i].astype(np.float64))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-def test_the_reference(reference: Kernel, dtype: np.dtype, rng: np.random.Generator) -> None:
+def test_long_sums_of_many_tokens(dtype: np.dtype, rng: np.random.Generator) -> None:
+    # As many tiles as a GPU has multiprocessors: no other CTA takes a part of k, and the sum is as long as it gets.
+    kernel = Kernel("cuda", None)
+    weight = cases.random_weight(rng, 2056, 14336, 128, 8, dtype)
+    assert_right(kernel, [cases.random_x(rng, (1100, weight.k), dtype)], weight, kernel.device)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_plain_jnp(xla_program: Kernel, dtype: np.dtype, rng: np.random.Generator) -> None:
     weight = cases.random_weight(rng, 136, 768, 32, 4, dtype)
     xs = [cases.random_x(rng, (m, weight.k), dtype) for m in (0, 1, 17, 257)]
-    assert_right(reference, xs, weight, reference.device)
+    assert_right(xla_program, xs, weight, xla_program.device)
 
 
 @pytest.mark.parametrize("name", cases.golden_names())
-def test_the_reference_on_golden_cases(reference: Kernel, name: str) -> None:
+def test_plain_jnp_on_golden_cases(xla_program: Kernel, name: str) -> None:
     golden = cases.golden(name)
-    assert_right(reference, [golden.x[1], golden.x[33]], golden.weight, reference.device)
+    assert_right(xla_program, [golden.x[1], golden.x[33]], golden.weight, xla_program.device)
 
 
 @pytest.mark.parametrize("m", cases.M[1:])

@@ -135,8 +135,9 @@ def test_it_lowers_to_plain_jnp_where_no_kernel_of_ours_is(platform: str, operan
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_the_reference_needs_no_custom_call_anywhere(platform: str, operands: Operands) -> None:
-    assert "custom_call" not in lowered_for(platform, *operands, implementation="reference")
+@pytest.mark.parametrize("implementation", ["reference", "dequantize"])
+def test_plain_jnp_needs_no_custom_call_anywhere(platform: str, implementation: str, operands: Operands) -> None:
+    assert "custom_call" not in lowered_for(platform, *operands, implementation=implementation)
 
 
 @pytest.mark.parametrize(

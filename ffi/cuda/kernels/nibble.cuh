@@ -32,7 +32,7 @@ struct Nibble<__nv_bfloat16> {
 template <>
 struct Nibble<__half> {
   static constexpr float kUnit = 1.0f;
-  static constexpr uint32_t kOne = 0x3C003C00;         // 1 / kUnit
+  static constexpr uint32_t kOne = 0x3C003C00;  // 1 / kUnit
   static constexpr uint32_t kUnitAndOne = 0x3C003C00;
 
   // 1024 + q - 1032

@@ -6,9 +6,9 @@
 
 namespace int4mm::cuda::hopper {
 
-inline constexpr int kStepK = 128;            // Values of k of a stage.
-inline constexpr int kBoxK = 64;              // Of a copied box of x: 128 bytes, the width of the swizzle.
-inline constexpr int kRowTile = 64;           // Rows of w of a warpgroup, the height of a wgmma.
+inline constexpr int kStepK = 128;   // Values of k of a stage.
+inline constexpr int kBoxK = 64;     // Of a copied box of x: 128 bytes, the width of the swizzle.
+inline constexpr int kRowTile = 64;  // Rows of w of a warpgroup, the height of a wgmma.
 inline constexpr int kMostStages = 16;
 inline constexpr int kStageAlignment = 1024;  // Bytes; the swizzle repeats.
 inline constexpr int kBarrierBytes = 3 * 8 * kMostStages;

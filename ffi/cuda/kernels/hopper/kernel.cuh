@@ -251,7 +251,7 @@ __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, 
           }
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            uint32_t(&to)[2][4] = a[batch % 2][i];
+            uint32_t (&to)[2][4] = a[batch % 2][i];
             to[0][half] = DequantizePair<Float, 0>(word[half][j], groups[half]);
             to[0][2 + half] = DequantizePair<Float, 1>(word[half][j], groups[half]);
             to[1][half] = DequantizePair<Float, 2>(word[half][j], groups[half]);
@@ -291,8 +291,8 @@ __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, 
     ptx::ArriveIf(lane == 0, at.empty + 8 * previous);
 
     if (args.split_k == 1) {
-      // Into the stage of this pair of warpgroups, as the copy engine takes it: [token][row], chunks of 16 bytes (8 rows)
-      // swizzled.
+      // Into the stage of this pair of warpgroups, as the copy engine takes it: [token][row], chunks of 16 bytes (8
+      // rows) swizzled.
       for (int i = 0; i < kTile.OutputStages(); ++i) {
         if (kTile.OutputStages() == 1 || i == warp / 8) {
           ptx::WaitBarrier(at.full + 8 * turn.stage, turn.parity);

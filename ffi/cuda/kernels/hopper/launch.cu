@@ -1,5 +1,3 @@
-#include "cuda/kernels/hopper/launch.h"
-
 #include <cuda.h>
 
 #include <algorithm>
@@ -8,15 +6,18 @@
 #include <utility>
 
 #include "cuda/kernels/hopper/kernel.cuh"
+#include "cuda/kernels/hopper/launch.h"
 #include "cuda/kernels/launch.h"
 
 namespace int4mm::cuda::hopper {
 namespace {
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
+// Functions of the driver, found at run time: the library links to the runtime alone.
+struct Driver {
+  decltype(&cuTensorMapEncodeTiled) encode_tensor_map = nullptr;
+};
 
-// A function of the driver, found at run time: the library links to the runtime alone.
-StatusOr<Encode> FindEncode() {
+StatusOr<Driver> FindDriver() {
   constexpr const char* kName = "cuTensorMapEncodeTiled";
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
@@ -29,7 +30,7 @@ StatusOr<Encode> FindEncode() {
     return Internal() << "int4pack_mm: this driver has no " << kName << ", which the Hopper kernel needs ("
                       << cudaGetErrorString(error) << "). Update the driver, or name implementation=\"ampere\".";
   }
-  return reinterpret_cast<Encode>(function);
+  return Driver{reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)};
 }
 
 // A row-major matrix [rows][columns] and the box of it that is copied at a time.
@@ -45,8 +46,8 @@ struct Matrix {
 };
 
 Status Describe(const Matrix& matrix, CUtensorMap& map) {
-  static const StatusOr<Encode> encode = FindEncode();
-  if (!encode.ok()) return encode.status();
+  static const StatusOr<Driver> driver = FindDriver();
+  if (!driver.ok()) return driver.status();
   const std::array<cuuint64_t, 2> sizes = {static_cast<cuuint64_t>(matrix.columns),
                                            static_cast<cuuint64_t>(matrix.rows)};
   const std::array<cuuint64_t, 1> pitch = {static_cast<cuuint64_t>(matrix.columns * matrix.element_bytes)};
@@ -54,9 +55,9 @@ Status Describe(const Matrix& matrix, CUtensorMap& map) {
                                          static_cast<cuuint32_t>(matrix.box_rows)};
   const std::array<cuuint32_t, 2> strides = {1, 1};
   const CUresult result =
-      (*encode)(&map, matrix.dtype, 2, const_cast<void*>(matrix.data), sizes.data(), pitch.data(), box.data(),
-                strides.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, matrix.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      driver->encode_tensor_map(&map, matrix.dtype, 2, const_cast<void*>(matrix.data), sizes.data(), pitch.data(),
+                                box.data(), strides.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, matrix.swizzle,
+                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return Status();
   return Internal() << "int4pack_mm: the tensor map of a " << matrix.rows << " x " << matrix.columns
                     << " matrix cannot be made (CUresult " << static_cast<int>(result) << ").";
@@ -88,8 +89,7 @@ Status Launch(const Problem& problem, const Operands& operands, const Plan& plan
       {{CU_TENSOR_MAP_DATA_TYPE_INT32, 4, operands.scales_and_zeros, problem.k / problem.group_size, problem.n, groups,
         config.Rows(), CU_TENSOR_MAP_SWIZZLE_NONE},
        &arguments.scales},
-      {{dtype, 2, operands.y, problem.m, problem.n, config.tokens, kRowTile, CU_TENSOR_MAP_SWIZZLE_128B},
-       &arguments.y},
+      {{dtype, 2, operands.y, problem.m, problem.n, config.tokens, kRowTile, CU_TENSOR_MAP_SWIZZLE_128B}, &arguments.y},
   }};
   for (const auto& [matrix, map] : matrices) {
     if (Status status = Describe(matrix, *map); !status.ok()) return status;

@@ -26,7 +26,9 @@ __device__ __forceinline__ void InitBarrier(uint32_t barrier, int arrivals) {
 }
 
 // Makes initialised barriers visible to the copy engine.
-__device__ __forceinline__ void FenceBarrierInit() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void FenceBarrierInit() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 __device__ __forceinline__ void ExpectBytes(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(barrier), "r"(bytes) : "memory");
@@ -64,11 +66,10 @@ __device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
 // counted by the barrier all the same.
 __device__ __forceinline__ void CopyTensorTile(uint32_t shared_address, const CUtensorMap* map, int row, int column,
                                                uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-      :
-      : "r"(shared_address), "l"(map), "r"(column), "r"(row), "r"(barrier)
-      : "memory");
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+               :
+               : "r"(shared_address), "l"(map), "r"(column), "r"(row), "r"(barrier)
+               : "memory");
 }
 
 // The other way, where the box reaches out of the tensor only what lies inside.
@@ -201,14 +202,15 @@ struct Wgmma;
   struct Wgmma<Float, kTokens> {                                                                                 \
     static __device__ __forceinline__ void Start(float (&d)[kTokens / 8][4], const uint32_t (&a)[4], uint64_t b, \
                                                  int accumulate) {                                               \
-      asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P ", 0;\n"                                                 \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P                                                          \
+                   ", 0;\n"                                                                                      \
                    "wgmma.mma_async.sync.aligned.m64n" #kTokens "k16.f32." TYPE "." TYPE                         \
                    " {" INT4MM_R##kTokens##TOKENS "}, {" A "}, %" #B ", p, 1, 1, 0;}"                            \
                    : INT4MM_D##kTokens##TOKENS                                                                   \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                       \
     }                                                                                                            \
   };
-#define INT4MM_WGMMA_OF_BOTH(kTokens, A, B, P)                \
+#define INT4MM_WGMMA_OF_BOTH(kTokens, A, B, P)          \
   INT4MM_WGMMA(kTokens, A, B, P, __nv_bfloat16, "bf16") \
   INT4MM_WGMMA(kTokens, A, B, P, __half, "f16")
 

@@ -12,7 +12,7 @@ using hopper::Config;
 using hopper::kConfigs;
 using hopper::Schedule;
 
-constexpr int64_t kMostTiles = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMostTiles = int64_t{1} << 30;   // Their indices, and one stride more, fit 32 bits.
 constexpr int64_t kMostTokens = int64_t{1} << 30;  // Copies address rows of x and y in 32 bits.
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -13,14 +13,19 @@ from jax_int4mm.ops.dequantize import dequantize_rows
 
 def int4pack_mm_reference(x: jax.Array, packed: jax.Array, scales_and_zeros: jax.Array, group_size: int) -> jax.Array:
     """Multiply x [m, k] @ w^T with w = round((q - 8) * scale + zero) and an f32 sum, rounded once to x's dtype."""
-    # XLA may otherwise keep w in f32 between the fused operations (excess precision) and skip its rounding.
-    w = jax.lax.optimization_barrier(dequantize_rows(packed, scales_and_zeros, group_size))
-    return jax.lax.dot_general(
-        x, w, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    ).astype(x.dtype)
+    return _multiply_dense(x, packed, scales_and_zeros, group_size, jax.lax.Precision.HIGHEST)
 
 
 def int4pack_mm_dequantized(x: jax.Array, packed: jax.Array, scales_and_zeros: jax.Array, group_size: int) -> jax.Array:
-    """The same with a 16-bit product of XLA's choice, whose dense weight [n, k] lives only for the call."""
+    """The same by whatever 16-bit product is XLA's fastest; the dense weight [n, k] lives only for the call."""
+    return _multiply_dense(x, packed, scales_and_zeros, group_size, jax.lax.Precision.DEFAULT)
+
+
+def _multiply_dense(
+    x: jax.Array, packed: jax.Array, scales_and_zeros: jax.Array, group_size: int, precision: jax.lax.Precision
+) -> jax.Array:
+    # XLA may otherwise keep w in f32 between the fused operations (excess precision) and skip its rounding.
     w = jax.lax.optimization_barrier(dequantize_rows(packed, scales_and_zeros, group_size))
-    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))
+    # A 16-bit result would let XLA add up parts of k in 16 bits.
+    y = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)

@@ -80,9 +80,10 @@ def test_the_identity_reads_off_the_weight_that_dequantize_returns(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_long_sums_of_many_tokens(dtype: np.dtype, rng: np.random.Generator) -> None:
-    # As many tiles as a GPU has multiprocessors: no other CTA takes a part of k, and the sum is as long as it gets.
-    kernel = Kernel("cuda", None)
+    # So many tiles that no other CTA takes a part of k: the sum is as long as it gets.
     weight = cases.random_weight(rng, 2056, 14336, 128, 8, dtype)
+    explanation = i4.explain((1100, 14336), int4_weight(weight), jax.devices("cuda")[0])
+    kernel = Kernel("cuda", f"{explanation.implementation}/{explanation.tile}")
     assert_right(kernel, [cases.random_x(rng, (1100, weight.k), dtype)], weight, kernel.device)
 
 

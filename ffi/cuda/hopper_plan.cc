@@ -18,7 +18,8 @@ constexpr int64_t kMostTokens = int64_t{1} << 30;  // Copies address rows of x a
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Microseconds of a step of 128 values of k in each tile of kConfigs, with one group a step and with two or four,
-// fitted to the time of every tile and split on an H200 (docs/kernels/hopper.md); only ratios between tiles matter.
+// fitted by benchmarks/fit_hopper_plan.py to the time of every tile and split on an H200; only ratios between tiles
+// matter.
 struct StepTime {
   double one_group;
   double more_groups;

@@ -227,9 +227,10 @@ Explanation Explain(const Problem& problem, const DeviceDescription& device, con
   e.tile = TileName(plan.kernel, plan.config);
   std::ostringstream reason;
   if (problem.m == kUnknownM) {
-    e.tile = "at the call";
-    reason << "m is not known when the program is compiled, so the kernel that needs no workspace for any m is taken "
-              "and its tile is chosen at the call";
+    e.implementation = "";
+    e.weights = e.tile = "at the call";
+    reason << "m is not known when the program is compiled, so the kernel and its tile are chosen at the call; none "
+              "needs a workspace";
   } else if (plan.kernel == Kernel::kDecode) {
     const decode::Config& c = decode::kConfigs[plan.config];
     const decode::Schedule& s = plan.decode;

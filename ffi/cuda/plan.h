@@ -29,8 +29,8 @@ struct Plan {
   hopper::Schedule hopper;  // is this.
 };
 
-// `implementation` is the public name of a kernel, or empty to choose. With m = kUnknownM the plan names a kernel that
-// needs no workspace for any m; its tile is chosen at the call.
+// `implementation` is the public name of a kernel, or empty to choose. With m = kUnknownM the plan says how much
+// workspace any m needs; the kernel is chosen at the call, unless it was named.
 StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device, std::string_view implementation);
 
 Explanation Explain(const Problem& problem, const DeviceDescription& device, const Plan& plan);

@@ -238,11 +238,18 @@ void WhatCannotBeServedIsASentence() {
   EXPECT(status.code() == StatusCode::kUnimplemented && Contains(status, "Split")) << status.message();
 }
 
-void AnUnknownMTakesAKernelWithoutWorkspace() {
+void AnUnknownMLeavesTheChoiceToTheCall() {
   const Problem p = MakeProblem(kUnknownM, 64, 256);
   const StatusOr<Plan> plan = MakePlan(p, kH200, "");
   EXPECT(plan.ok() && plan->workspace_bytes == 0) << plan.status().message();
-  EXPECT(Explain(p, kH200, *plan).implementation == "ampere") << Explain(p, kH200, *plan).implementation;
+  EXPECT(Explain(p, kH200, *plan).implementation.empty()) << Explain(p, kH200, *plan).implementation;
+  // What is needed then is there: no kernel, for whatever m, asks for more.
+  for (const int64_t m : {1, 16, 17, 33, 4096}) {
+    for (const DeviceDescription& device : {kH200, DeviceDescription{80, 108}}) {
+      EXPECT(MakePlan(MakeProblem(m, 64, 256), device, "")->workspace_bytes == 0) << m;
+    }
+  }
+  EXPECT(MakePlan(p, kH200, "ampere").ok()) << "the kernel that takes any m, by name";
 }
 
 }  // namespace
@@ -260,6 +267,6 @@ int main() {
   int4mm::cuda::EveryKernelIsChosenWhereItIsTheFastest();
   int4mm::cuda::TheHopperTileIsTheFastestMeasured();
   int4mm::cuda::WhatCannotBeServedIsASentence();
-  int4mm::cuda::AnUnknownMTakesAKernelWithoutWorkspace();
+  int4mm::cuda::AnUnknownMLeavesTheChoiceToTheCall();
   return int4mm::test::Result();
 }

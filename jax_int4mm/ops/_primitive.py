@@ -90,6 +90,7 @@ def _lower_to_kernel(
         ctx.replace(avals_out=[y, workspace]),
         *operands,
         group_size=np.int64(group_size),
+        # Empty where the handler is to choose: m is not known yet.
         implementation=implementation or plan["implementation"],
     )
     return results[:1]

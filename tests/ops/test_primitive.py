@@ -15,7 +15,7 @@ import acceptance
 import cases
 import jax_int4mm as i4
 from jax_int4mm.ops import _ffi
-from kernels import Kernel
+from kernels import Kernel, int4_weight
 
 CUSTOM_CALL = f"custom_call @{_ffi.TARGET}("
 
@@ -119,7 +119,10 @@ def test_a_program_exported_with_symbolic_m_serves_every_m(
     for rows in (1, 9, 65, 300):
         x = cases.random_x(rng, (rows, weight.k))
         y = np.asarray(exported.call(x, weight.packed, weight.scales_and_zeros))
-        acceptance.check([y], [x], weight.rounded, chosen.device)
+        # The kernel is chosen at the call, as for an m that is known.
+        planned = i4.explain((rows, weight.k), int4_weight(weight), chosen.device)
+        assert _ffi.last_launch(chosen.platform) == f"{planned.implementation}/{planned.tile}"
+        acceptance.check([y], [x], weight.dense(planned.weights), chosen.device)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])

@@ -164,6 +164,11 @@ void HopperTilesFitTheHardware() {
     EXPECT(128 * (c.warpgroups * c.MultiplierRegisters() + c.OtherRegisters()) <= 65536) << c.warpgroups;
     EXPECT(c.MultiplierRegisters() % 8 == 0 && c.OtherRegisters() % 8 == 0) << c.warpgroups;
     EXPECT(2 * c.tokens * hopper::kRowTile * 2 <= c.StageBytes(1)) << "y of two warpgroups does not fit a stage";
+    for (const int split_k : {2, 4, 8}) {
+      const int bytes_of_block = 8 * c.Rows() * 4;
+      EXPECT(c.ExchangeBytes(split_k) % (split_k * bytes_of_block) == 0) << split_k;
+      EXPECT(c.ExchangeBytes(split_k) >= c.tokens / 8 * bytes_of_block) << split_k;
+    }
     EXPECT(c.batch == 1 || c.batch == 2) << "registers of operands take turns within a step";
   }
 }

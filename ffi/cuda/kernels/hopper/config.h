@@ -36,10 +36,11 @@ struct Config {
   constexpr int OtherRegisters() const { return warpgroups == 2 ? 40 : 32; }
   // Whether a thread has registers for a second set of sums.
   constexpr bool Stretches() const { return tokens <= (warpgroups == 2 ? 128 : warpgroups == 3 ? 96 : 64); }
-  // What CTAs that share a tile send to one: f32 sums of 8 tokens each, from `split_k` of them.
+  // What CTAs that share a tile send to one: f32 sums of blocks of 8 tokens. It owns every split_k-th block, and has a
+  // place for each of the split_k CTAs.
   constexpr int ExchangeBytes(int split_k) const {
-    const int blocks = tokens / 8 > split_k ? tokens / 8 : split_k;
-    return blocks * 128 * warpgroups * 16;
+    const int owned = (tokens / 8 + split_k - 1) / split_k;
+    return owned * split_k * 128 * warpgroups * 16;
   }
 };
 

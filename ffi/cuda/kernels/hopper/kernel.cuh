@@ -172,8 +172,9 @@ __device__ __forceinline__ void StoreOutput(const Arguments& args, const Place& 
       const int row = tile.first_row + 2 * kRowTile * i;
       const uint32_t y = at.Stage(args, stage);
       if (row < args.n) ptx::StoreTensorTile(&args.y, tile.first_token, row, y);
-      if (2 * i + 1 < kTile.warpgroups && row + kRowTile < args.n)
+      if (2 * i + 1 < kTile.warpgroups && row + kRowTile < args.n) {
         ptx::StoreTensorTile(&args.y, tile.first_token, row + kRowTile, y + kBytes);
+      }
       ptx::WaitStoresRead();
       ptx::Arrive(at.empty + 8 * stage, 4 * kTile.warpgroups);
       if (++stage == args.stages) stage = 0;

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "core/ceil_div.h"
 #include "cpu/float_environment.h"
 #include "cpu/kernels/kernel.h"
 
@@ -12,8 +13,6 @@ namespace {
 
 constexpr int64_t kActivationsPerTask = 32 * 1024;
 constexpr int64_t kCacheLine = 64;
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t WholeLines(int64_t floats) {
   constexpr int64_t kFloatsPerLine = kCacheLine / static_cast<int64_t>(sizeof(float));

@@ -7,6 +7,7 @@
 #include <cpuid.h>
 #endif
 
+#include "core/ceil_div.h"
 #include "core/layout.h"
 
 namespace int4mm::cpu {
@@ -15,8 +16,6 @@ namespace {
 constexpr int64_t kProductsPerTask = 256 * 1024;  // Some ten microseconds' work: far more than taking a task costs.
 constexpr int64_t kTilesPerTask = 4;              // At least, so that whole cache lines of scales and zeros are read.
 constexpr int64_t kMaxTokensPerPass = 128;        // Bounds the scratch; dequantising again costs a few per cent.
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 std::string Names(const std::vector<Isa>& isas) {
   std::string names;

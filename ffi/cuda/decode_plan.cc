@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "core/ceil_div.h"
+
 namespace int4mm::cuda {
 namespace {
 
@@ -11,11 +13,6 @@ using decode::kConfigs;
 using decode::Schedule;
 
 constexpr int64_t kMostTokenBlocks = 65535;  // gridDim.y
-
-template <typename Int>
-Int CeilDiv(Int a, Int b) {
-  return (a + b - 1) / b;
-}
 
 // What decides among schedules that fit is how many steps the slowest warp takes one after another; a warp with few row
 // tiles under way waits for memory in each. In a sweep of every schedule (14 shapes, m = 1, 8 and 16, group sizes 32
@@ -35,7 +32,7 @@ double Cost(const Problem& p, const Config& c, const Schedule& s) {
 std::optional<Schedule> MakeSchedule(const Problem& problem, const DeviceDescription& device, int config, int warps_k,
                                      int warps_n) {
   const Config& c = kConfigs[config];
-  const int64_t token_blocks = CeilDiv(problem.m, int64_t{c.tokens});
+  const int64_t token_blocks = CeilDiv(problem.m, c.tokens);
   if (problem.inner_k_tiles != 8 || token_blocks > kMostTokenBlocks) return std::nullopt;
   if (warps_k * warps_n > c.most_warps) return std::nullopt;
   const int tiles = static_cast<int>(problem.n / 8);

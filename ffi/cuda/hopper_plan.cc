@@ -5,6 +5,8 @@
 #include <cmath>
 #include <limits>
 
+#include "core/ceil_div.h"
+
 namespace int4mm::cuda {
 namespace {
 
@@ -14,8 +16,6 @@ using hopper::Schedule;
 
 constexpr int64_t kMostTiles = int64_t{1} << 30;   // Their indices, and one stride more, fit 32 bits.
 constexpr int64_t kMostTokens = int64_t{1} << 30;  // Copies address rows of x and y in 32 bits.
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Microseconds of a step of 128 values of k in each tile of kConfigs, with one group a step and with two or four,
 // fitted by benchmarks/fit_hopper_plan.py to the time of every tile and split on an H200; only ratios between tiles

@@ -7,6 +7,7 @@
 #include <sstream>
 #include <string>
 
+#include "core/ceil_div.h"
 #include "cuda/decode_plan.h"
 #include "cuda/hopper_plan.h"
 
@@ -21,8 +22,6 @@ constexpr std::string_view kAmpereName = "ampere";
 constexpr std::string_view kDecodeName = "decode";
 constexpr std::string_view kHopperName = "hopper";
 constexpr std::string_view kEveryImplementation = "\"decode\", \"hopper\" and \"ampere\"";
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 std::string_view KernelName(Kernel kernel) {
   switch (kernel) {

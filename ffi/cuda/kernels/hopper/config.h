@@ -4,6 +4,8 @@
 #include <array>
 #include <cstdint>
 
+#include "core/ceil_div.h"
+
 namespace int4mm::cuda::hopper {
 
 inline constexpr int kStepK = 128;   // Values of k of a stage.
@@ -27,9 +29,7 @@ struct Config {
   constexpr int WordBytes() const { return Rows() * kStepK / 2; }
   constexpr int ScaleBytes(int groups) const { return groups * Rows() * 4; }
   constexpr int CopiedBytes(int groups) const { return XBytes() + WordBytes() + ScaleBytes(groups); }
-  constexpr int StageBytes(int groups) const {
-    return (CopiedBytes(groups) + kStageAlignment - 1) / kStageAlignment * kStageAlignment;
-  }
+  constexpr int StageBytes(int groups) const { return CeilDiv(CopiedBytes(groups), kStageAlignment) * kStageAlignment; }
   constexpr int OutputStages() const { return (warpgroups + 1) / 2; }
   // All that a multiprocessor has, 65536, are divided unevenly.
   constexpr int MultiplierRegisters() const { return warpgroups == 2 ? 232 : warpgroups == 3 ? 160 : 112; }
@@ -39,8 +39,7 @@ struct Config {
   // What CTAs that share a tile send to one: f32 sums of blocks of 8 tokens. It owns every split_k-th block, and has a
   // place for each of the split_k CTAs.
   constexpr int ExchangeBytes(int split_k) const {
-    const int owned = (tokens / 8 + split_k - 1) / split_k;
-    return owned * split_k * 128 * warpgroups * 16;
+    return CeilDiv(tokens / 8, split_k) * split_k * 128 * warpgroups * 16;
   }
 };
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "core/ceil_div.h"
 #include "cuda/kernels/hopper/kernel.cuh"
 #include "cuda/kernels/hopper/launch.h"
 #include "cuda/kernels/launch.h"
@@ -101,11 +102,11 @@ Status Launch(const Problem& problem, const Operands& operands, const Plan& plan
   arguments.inner_k_tiles = static_cast<int>(problem.inner_k_tiles);
   arguments.tiles = static_cast<int>(plan.tiles_m * plan.tiles_n);
   const int64_t band = std::min<int64_t>(plan.tiles_m, kRaster);
-  arguments.bands = static_cast<int>((plan.tiles_m + band - 1) / band);
+  arguments.bands = static_cast<int>(CeilDiv(plan.tiles_m, band));
   arguments.per_band = Divisor(band * plan.tiles_n);
   arguments.band_tiles_m = Divisor(band);
   arguments.last_band_tiles_m = Divisor(plan.tiles_m - (arguments.bands - 1) * band);
-  const int steps = static_cast<int>((problem.k + kStepK - 1) / kStepK);
+  const int steps = static_cast<int>(CeilDiv(problem.k, kStepK));
   arguments.split_k = schedule.split_k;
   arguments.split_shift = Log2(schedule.split_k);
   arguments.steps_per_part = steps / schedule.split_k;

@@ -16,6 +16,9 @@ using hopper::Schedule;
 
 constexpr int64_t kMostTiles = int64_t{1} << 30;   // Their indices, and one stride more, fit 32 bits.
 constexpr int64_t kMostTokens = int64_t{1} << 30;  // Copies address rows of x and y in 32 bits.
+// Values of k that a CTA may sum in one chain: the tensor cores truncate where they add, and the error grows with the
+// chain. This much has been compared with float64.
+constexpr int64_t kLongestChain = 16384;
 
 // Microseconds of a step of 128 values of k in each tile of kConfigs, with one group a step and with two or four,
 // fitted by benchmarks/fit_hopper_plan.py to the time of every tile and split on an H200; only ratios between tiles
@@ -50,6 +53,9 @@ int64_t MostClusters(const DeviceDescription& device, int split_k) {
   return static_cast<int64_t>(device.sm_count * share) / split_k;
 }
 
+// Steps of the CTA of a tile that has the most.
+int64_t MostSteps(const Problem& p, int split_k) { return CeilDiv(CeilDiv(p.k, hopper::kStepK), split_k); }
+
 // Estimated microseconds of a call, but for what all schedules have in common.
 double Cost(const Problem& p, const DeviceDescription& device, const HopperPlan& plan) {
   constexpr double kPerTile = 0.57;          // Its start and its output.
@@ -66,7 +72,7 @@ double Cost(const Problem& p, const DeviceDescription& device, const HopperPlan&
   const double step = hopper::GroupsPerStep(p.group_size) == 1 ? time.one_group : time.more_groups;
   const double busy = static_cast<double>(std::min<int64_t>(tiles * split_k, device.sm_count)) / device.sm_count;
   const double tokens = c.tokens * c.Rows() / 128.0;
-  const double steps = static_cast<double>(CeilDiv(CeilDiv(p.k, hopper::kStepK), split_k));
+  const double steps = static_cast<double>(MostSteps(p, split_k));
   const double waves = static_cast<double>(CeilDiv(tiles, plan.schedule.clusters));
   double cost = waves * (steps * step * (1 + kBusy * (busy - kUsuallyBusy)) + kPerTile + kPerTileToken * tokens);
   if (split_k > 1) cost += kSplit + kPerSplitToken * tokens + kPerSplit * std::log2(split_k);
@@ -105,6 +111,8 @@ std::optional<HopperPlan> PlanHopper(const Problem& problem, const DeviceDescrip
   for (int i = 0; i < static_cast<int>(kConfigs.size()); ++i) {
     if (config >= 0 && i != config) continue;
     for (const int split_k : {1, 2, 4, 8}) {
+      const bool long_chain = !kConfigs[i].Stretches() && MostSteps(problem, split_k) * hopper::kStepK > kLongestChain;
+      if (config < 0 && long_chain) continue;
       const std::optional<HopperPlan> plan = MakeHopperPlan(problem, device, i, split_k);
       if (!plan) continue;
       const double cost = Cost(problem, device, *plan);

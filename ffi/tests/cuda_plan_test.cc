@@ -206,6 +206,20 @@ void TheHopperTileIsTheFastestMeasured() {
   EXPECT(tile(64, 28672, 8192) == "256x64/1") << tile(64, 28672, 8192);
 }
 
+void NoTileSumsALongKInOneChain() {
+  for (const int64_t k : {16384, 16512, 28672, 65536}) {
+    for (const int64_t m : {17, 300, 1000, 8192, 32776}) {
+      for (const int64_t n : {8, 2056, 8192}) {
+        const HopperPlan plan = *PlanHopper(MakeProblem(m, n, k), kH200, -1);
+        EXPECT(hopper::kConfigs[plan.config].Stretches() || k / plan.schedule.split_k <= 16384)
+            << m << " x " << n << " x " << k << ": " << TileOf(plan);
+      }
+    }
+  }
+  EXPECT(TileOf(*PlanHopper(MakeProblem(8192, 4096, 16384), kH200, -1)) == "128x256") << "not longer than compared";
+  EXPECT(MakePlan(MakeProblem(8192, 4096, 65536), kH200, "hopper/128x256").ok()) << "by name";
+}
+
 void WhatCannotBeServedIsASentence() {
   const Problem p = MakeProblem(1, 64, 256);
   Status status = MakePlan(p, DeviceDescription{75, 40}, "").status();
@@ -271,6 +285,7 @@ int main() {
   int4mm::cuda::HopperTilesFitTheHardware();
   int4mm::cuda::EveryKernelIsChosenWhereItIsTheFastest();
   int4mm::cuda::TheHopperTileIsTheFastestMeasured();
+  int4mm::cuda::NoTileSumsALongKInOneChain();
   int4mm::cuda::WhatCannotBeServedIsASentence();
   int4mm::cuda::AnUnknownMLeavesTheChoiceToTheCall();
   return int4mm::test::Result();

@@ -19,7 +19,7 @@ inline constexpr int kBarrierBytes = 3 * 8 * kMostStages;
 struct Config {
   int warpgroups;  // That multiply, 2 to 4, each 64 rows; one more copies.
   int tokens;      // A multiple of 16, at most 256.
-  int batch;       // Words of each n-tile (of the 4 of a step) whose products are started together, 1 or 2.
+  int batch;       // Words of each n-tile (of the 4 of a step) whose products are started together: 1, 2 or 4.
 
   constexpr int Threads() const { return 128 * (1 + warpgroups); }
   constexpr int Rows() const { return kRowTile * warpgroups; }
@@ -57,23 +57,30 @@ constexpr int GroupsPerStep(int64_t group_size) {
   return group_size >= kStepK ? 1 : static_cast<int>(kStepK / group_size);
 }
 
-inline constexpr std::array<Config, 17> kConfigs = {{
-    {2, 16, 2},   // 128 rows of w x 16 tokens
-    {2, 32, 2},   // 128 x 32
-    {4, 32, 2},   // 256 x 32
-    {2, 48, 2},   // 128 x 48
-    {2, 64, 2},   // 128 x 64
-    {3, 64, 2},   // 192 x 64
-    {4, 64, 1},   // 256 x 64
-    {2, 80, 2},   // 128 x 80
-    {2, 96, 2},   // 128 x 96
-    {3, 96, 1},   // 192 x 96
-    {2, 112, 2},  // 128 x 112
-    {2, 128, 2},  // 128 x 128
+inline constexpr std::array<Config, 24> kConfigs = {{
+    {2, 16, 4},   // 128 rows of w x 16 tokens
+    {2, 32, 4},   // 128 x 32
+    {4, 32, 4},   // 256 x 32
+    {2, 48, 4},   // 128 x 48
+    {2, 64, 4},   // 128 x 64
+    {3, 64, 4},   // 192 x 64
+    {4, 64, 4},   // 256 x 64
+    {2, 80, 4},   // 128 x 80
+    {2, 96, 4},   // 128 x 96
+    {3, 96, 4},   // 192 x 96
+    {2, 112, 4},  // 128 x 112
+    {3, 112, 1},  // 192 x 112
+    {2, 128, 4},  // 128 x 128
     {3, 128, 2},  // 192 x 128
+    {2, 144, 2},  // 128 x 144
     {2, 160, 2},  // 128 x 160
+    {3, 160, 2},  // 192 x 160
+    {2, 176, 2},  // 128 x 176
     {2, 192, 2},  // 128 x 192
+    {3, 192, 1},  // 192 x 192
+    {2, 208, 2},  // 128 x 208
     {2, 224, 2},  // 128 x 224
+    {2, 240, 2},  // 128 x 240
     {2, 256, 2},  // 128 x 256
 }};
 

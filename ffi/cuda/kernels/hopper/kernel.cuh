@@ -127,26 +127,37 @@ struct Turn {
   }
 };
 
-// One thread copies every stage of every tile, and hands stages to the output.
+// Starts the copies of one step of a tile.
+template <int kConfig>
+__device__ __forceinline__ void CopyStage(const Arguments& args, const Place& at, const Tile& tile, int step,
+                                          int stage) {
+  constexpr Config kTile = kConfigs[kConfig];
+  const uint32_t full = at.full + 8 * stage;
+  const uint32_t x = at.Stage(args, stage);
+  const uint32_t words = x + kTile.XBytes();
+  const int k = step * kStepK;
+  ptx::ExpectBytes(full, args.copied_bytes);
+  ptx::CopyTensorTile(words, &args.packed, tile.first_row / 8, k, full);
+  ptx::CopyTensorTile(words + kTile.WordBytes(), &args.scales, k >> args.group_shift, tile.first_row, full);
+  ptx::CopyTensorTile(x, &args.x, tile.first_token, k, full);
+  ptx::CopyTensorTile(x + kTile.XBytes() / 2, &args.x, tile.first_token, k + kBoxK, full);
+}
+
+// One thread copies every stage of every tile but the first, which is under way, and hands stages to the output.
 template <int kConfig>
 __device__ __forceinline__ void Produce(const Arguments& args, const Place& at) {
   constexpr Config kTile = kConfigs[kConfig];
   Turn turn;
+  turn.Next(args);
+  int step = at.first_step + 1;
   for (int index = at.cluster; index < args.tiles; index += at.clusters) {
     const Tile tile(args, kTile, index);
-    for (int step = at.first_step; step < at.first_step + at.steps; ++step) {
-      const uint32_t full = at.full + 8 * turn.stage;
-      const uint32_t x = at.Stage(args, turn.stage);
-      const uint32_t words = x + kTile.XBytes();
-      const int k = step * kStepK;
+    for (; step < at.first_step + at.steps; ++step) {
       ptx::WaitBarrier(at.empty + 8 * turn.stage, turn.parity ^ 1);
-      ptx::ExpectBytes(full, args.copied_bytes);
-      ptx::CopyTensorTile(words, &args.packed, tile.first_row / 8, k, full);
-      ptx::CopyTensorTile(words + kTile.WordBytes(), &args.scales, k >> args.group_shift, tile.first_row, full);
-      ptx::CopyTensorTile(x, &args.x, tile.first_token, k, full);
-      ptx::CopyTensorTile(x + kTile.XBytes() / 2, &args.x, tile.first_token, k + kBoxK, full);
+      CopyStage<kConfig>(args, at, tile, step, turn.stage);
       turn.Next(args);
     }
+    step = at.first_step;
     if (args.split_k > 1) continue;
     for (int i = 0; i < kTile.OutputStages(); ++i) {
       ptx::WaitBarrier(at.empty + 8 * turn.stage, turn.parity ^ 1);
@@ -223,11 +234,22 @@ __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, 
   const uint32_t words_offset = kTile.XBytes() + first_row / 8 * (kStepK * 4);
   const uint32_t scales_offset = kTile.XBytes() + kTile.WordBytes() + (first_row + lane / 4) * 4;
 
+  // Weights are dequantised into one set of registers while products of the other run. Where a whole step is one batch
+  // there is one set: another warpgroup's products run meanwhile.
+  constexpr int kSets = kBatch == 4 ? 1 : 2;
+
   Turn turn;
   for (int index = at.cluster; index < args.tiles; index += at.clusters) {
     float sums[kBlocks][4] = {};
     float stretch[kStretches ? kBlocks : 1][4];
-    uint32_t a[2][kBatch][2][4];
+    const auto add_stretch = [&] {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[b][i] += stretch[b][i];
+      }
+    };
+    uint32_t a[kSets][kBatch][2][4];
     int previous = 0;  // Stage.
     for (int step = 0; step < at.steps; ++step) {
       ptx::WaitBarrier(at.full + 8 * turn.stage, turn.parity);
@@ -237,6 +259,11 @@ __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, 
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         LoadWords(word[half], stage + words_offset + half * (kStepK * 4), lane, args.inner_k_tiles);
+      }
+      if constexpr (kSets == 1) {
+        ptx::WgmmaWait<0>();
+        ptx::ArriveIf(lane == 0 && step > 0, at.empty + 8 * previous);
+        if (kStretches && step > 0 && step % kStretch == 0) add_stretch();
       }
       ScaleAndZero groups[2];
 #pragma unroll
@@ -252,7 +279,7 @@ __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, 
           }
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            uint32_t (&to)[2][4] = a[batch % 2][i];
+            uint32_t (&to)[2][4] = a[batch % kSets][i];
             to[0][half] = DequantizePair<Float, 0>(word[half][j], groups[half]);
             to[0][2 + half] = DequantizePair<Float, 1>(word[half][j], groups[half]);
             to[1][half] = DequantizePair<Float, 2>(word[half][j], groups[half]);
@@ -267,29 +294,28 @@ __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, 
             const int k16 = 2 * (batch * kBatch + i) + s;  // Which 16 values of the step; 32 bytes of a row of x.
             const uint64_t b = x + (k16 / 4 * (kTile.XBytes() / 2) + k16 % 4 * 32) / 16;
             if constexpr (kStretches) {
-              ptx::Wgmma<Float, kTile.tokens>::Start(stretch, a[batch % 2][i][s], b, k16 > 0 ? 1 : step % kStretch);
+              ptx::Wgmma<Float, kTile.tokens>::Start(stretch, a[batch % kSets][i][s], b, k16 > 0 ? 1 : step % kStretch);
             } else {
-              ptx::Wgmma<Float, kTile.tokens>::Start(sums, a[batch % 2][i][s], b, 1);
+              ptx::Wgmma<Float, kTile.tokens>::Start(sums, a[batch % kSets][i][s], b, 1);
             }
           }
         }
         ptx::WgmmaCommit();
-        ptx::WgmmaWait<1>();
-        if (batch == 0) ptx::ArriveIf(lane == 0 && step > 0, at.empty + 8 * previous);
-      }
-      if (kStretches && (step % kStretch == kStretch - 1 || step + 1 == at.steps)) {
-        ptx::WgmmaWait<0>();
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sums[b][i] += stretch[b][i];
+        if constexpr (kSets == 2) {
+          ptx::WgmmaWait<1>();
+          if (batch == 0) ptx::ArriveIf(lane == 0 && step > 0, at.empty + 8 * previous);
         }
+      }
+      if (kSets == 2 && kStretches && (step % kStretch == kStretch - 1 || step + 1 == at.steps)) {
+        ptx::WgmmaWait<0>();
+        add_stretch();
       }
       previous = turn.stage;
       turn.Next(args);
     }
     ptx::WgmmaWait<0>();
     ptx::ArriveIf(lane == 0, at.empty + 8 * previous);
+    if (kSets == 1 && kStretches) add_stretch();
 
     if (args.split_k == 1) {
       // Into the stage of this pair of warpgroups, as the copy engine takes it: [token][row], chunks of 16 bytes (8
@@ -330,7 +356,7 @@ __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, 
     }
     ptx::ClusterMeet();
     const Tile tile(args, kTile, index);
-#pragma unroll 1
+#pragma unroll 2
     for (int first = 0; first + at.rank < kBlocks; first += args.split_k) {
       float total[4] = {};
       for (int rank = 0; rank < args.split_k; ++rank) {
@@ -349,28 +375,38 @@ template <typename Float, int kConfig, int kGroups>
 __global__ void __launch_bounds__(kConfigs[kConfig].Threads(), 1) Kernel(const __grid_constant__ Arguments args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   constexpr Config kTile = kConfigs[kConfig];
-  constexpr int kProducerThread = 0;
-  constexpr int kStoreThread = 32;
   extern __shared__ __align__(1024) uint8_t shared[];
   const Place at(args, ptx::SharedAddress(shared));
-  if (threadIdx.x == kProducerThread) {
-    ptx::PrefetchTensorMap(&args.packed);
-    ptx::PrefetchTensorMap(&args.scales);
-    ptx::PrefetchTensorMap(&args.x);
-    for (int i = 0; i < args.stages; ++i) {
-      ptx::InitBarrier(at.full + 8 * i, 1);
-      ptx::InitBarrier(at.empty + 8 * i, 4 * kTile.warpgroups);
-      ptx::InitBarrier(at.output + 8 * i, 8);
-    }
-    ptx::FenceBarrierInit();
-  }
-  __syncthreads();
-
-  if (threadIdx.x < 128) {
+  // The shuffle tells the compiler that all lanes agree.
+  const int warp = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x) / 32, 0);
+  constexpr int kProducerWarp = 0;
+  constexpr int kStoreWarp = 1;
+  constexpr int kPrefetchWarp = 2;
+  constexpr int kOtherWarps = 4;
+  if (warp < kOtherWarps) {
     ptx::ShrinkRegisters<kTile.OtherRegisters()>();
-    if (threadIdx.x == kProducerThread) Produce<kConfig>(args, at);
+    // What a call of few steps waits for is its first stage: it is under way before the other barriers are ready.
+    if (warp == kProducerWarp && ptx::Elected()) {
+      ptx::InitBarrier(at.full, 1);
+      ptx::FenceBarrierInit();
+      CopyStage<kConfig>(args, at, Tile(args, kTile, at.cluster), at.first_step, 0);
+      for (int i = 1; i < args.stages; ++i) ptx::InitBarrier(at.full + 8 * i, 1);
+      ptx::FenceBarrierInit();
+    } else if (warp == kStoreWarp && ptx::Elected()) {
+      for (int i = 0; i < args.stages; ++i) {
+        ptx::InitBarrier(at.empty + 8 * i, 4 * kTile.warpgroups);
+        ptx::InitBarrier(at.output + 8 * i, 8);
+      }
+      ptx::FenceBarrierInit();
+    } else if (warp == kPrefetchWarp && ptx::Elected()) {
+      ptx::PrefetchTensorMap(&args.packed);
+      ptx::PrefetchTensorMap(&args.scales);
+      ptx::PrefetchTensorMap(&args.x);
+    }
+    __syncthreads();
+    if (warp == kProducerWarp && ptx::Elected()) Produce<kConfig>(args, at);
     if (args.split_k == 1) {
-      if (threadIdx.x == kStoreThread) StoreOutput<kConfig>(args, at);
+      if (warp == kStoreWarp && ptx::Elected()) StoreOutput<kConfig>(args, at);
     } else {
       // The exchange of sums is a meeting of all threads of a cluster, twice a tile.
       for (int index = at.cluster; index < args.tiles; index += at.clusters) {
@@ -380,7 +416,8 @@ __global__ void __launch_bounds__(kConfigs[kConfig].Threads(), 1) Kernel(const _
     }
   } else {
     ptx::GrowRegisters<kTile.MultiplierRegisters()>();
-    Consume<Float, kConfig, kGroups>(args, at, static_cast<int>(threadIdx.x) - 128);
+    __syncthreads();
+    Consume<Float, kConfig, kGroups>(args, at, static_cast<int>(threadIdx.x) - 32 * kOtherWarps);
   }
 #endif
 }

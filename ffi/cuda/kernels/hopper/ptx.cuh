@@ -21,6 +21,14 @@ __device__ __forceinline__ void ShrinkRegisters() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(kRegisters));
 }
 
+// True for one lane of a warp. Unlike a comparison of the thread's index it tells the compiler that one thread is alone in
+// what follows; otherwise it wraps every copy of a tensor tile in a loop over lanes.
+__device__ __forceinline__ bool Elected() {
+  uint32_t elected;
+  asm volatile("{.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, p;}" : "=r"(elected));
+  return elected != 0;
+}
+
 __device__ __forceinline__ void InitBarrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(barrier), "r"(arrivals) : "memory");
 }
@@ -222,9 +230,13 @@ INT4MM_WGMMA_OF_BOTH(80, "%40,%41,%42,%43", 44, 45)
 INT4MM_WGMMA_OF_BOTH(96, "%48,%49,%50,%51", 52, 53)
 INT4MM_WGMMA_OF_BOTH(112, "%56,%57,%58,%59", 60, 61)
 INT4MM_WGMMA_OF_BOTH(128, "%64,%65,%66,%67", 68, 69)
+INT4MM_WGMMA_OF_BOTH(144, "%72,%73,%74,%75", 76, 77)
 INT4MM_WGMMA_OF_BOTH(160, "%80,%81,%82,%83", 84, 85)
+INT4MM_WGMMA_OF_BOTH(176, "%88,%89,%90,%91", 92, 93)
 INT4MM_WGMMA_OF_BOTH(192, "%96,%97,%98,%99", 100, 101)
+INT4MM_WGMMA_OF_BOTH(208, "%104,%105,%106,%107", 108, 109)
 INT4MM_WGMMA_OF_BOTH(224, "%112,%113,%114,%115", 116, 117)
+INT4MM_WGMMA_OF_BOTH(240, "%120,%121,%122,%123", 124, 125)
 INT4MM_WGMMA_OF_BOTH(256, "%128,%129,%130,%131", 132, 133)
 
 #undef INT4MM_D16TOKENS

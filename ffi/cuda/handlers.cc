@@ -11,9 +11,8 @@
 #include <string>
 #include <string_view>
 
-#include "cuda/kernels/ampere/launch.h"
-#include "cuda/kernels/decode/launch.h"
 #include "cuda/kernels/hopper/launch.h"
+#include "cuda/launch.h"
 #include "cuda/plan.h"
 #include "handler/call.h"
 #include "xla/ffi/api/ffi.h"
@@ -83,10 +82,7 @@ Status Run(const Call& call, std::string_view implementation, cudaStream_t strea
   if (!Aligned(o.x) || !Aligned(o.packed) || !Aligned(o.scales_and_zeros) || !Aligned(o.y)) {
     return InvalidArgument() << "int4pack_mm: a buffer is not aligned to " << kAlignment << " bytes.";
   }
-  const auto launch = plan->kernel == Kernel::kDecode   ? decode::Launch
-                      : plan->kernel == Kernel::kHopper ? hopper::Launch
-                                                        : ampere::Launch;
-  Status status = launch(call.problem, o, *plan, stream);
+  Status status = Launch(call.problem, o, *plan, stream);
   if (status.ok()) last_launched.store(Launched{plan->kernel, plan->config}, std::memory_order_relaxed);
   return status;
 }

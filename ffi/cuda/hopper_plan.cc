@@ -102,25 +102,37 @@ std::optional<HopperPlan> MakeHopperPlan(const Problem& problem, const DeviceDes
   return plan;
 }
 
-}  // namespace
-
-std::optional<HopperPlan> PlanHopper(const Problem& problem, const DeviceDescription& device, int config) {
-  if (!device.HasHopperKernel() || problem.m > kMostTokens) return std::nullopt;
-  std::optional<HopperPlan> best;
-  double least = std::numeric_limits<double>::infinity();
+template <typename Visit>
+void ForEachPlan(const Problem& problem, const DeviceDescription& device, int config, const Visit& visit) {
+  if (!device.HasHopperKernel() || problem.m > kMostTokens) return;
   for (int i = 0; i < static_cast<int>(kConfigs.size()); ++i) {
     if (config >= 0 && i != config) continue;
     for (const int split_k : {1, 2, 4, 8}) {
-      const bool long_chain = !kConfigs[i].Stretches() && MostSteps(problem, split_k) * hopper::kStepK > kLongestChain;
-      if (config < 0 && long_chain) continue;
-      const std::optional<HopperPlan> plan = MakeHopperPlan(problem, device, i, split_k);
-      if (!plan) continue;
-      const double cost = Cost(problem, device, *plan);
-      if (cost >= least) continue;
-      best = plan;
-      least = cost;
+      if (const std::optional<HopperPlan> plan = MakeHopperPlan(problem, device, i, split_k)) visit(*plan);
     }
   }
+}
+
+}  // namespace
+
+std::vector<HopperPlan> EveryHopperPlan(const Problem& problem, const DeviceDescription& device) {
+  std::vector<HopperPlan> plans;
+  ForEachPlan(problem, device, -1, [&](const HopperPlan& plan) { plans.push_back(plan); });
+  return plans;
+}
+
+std::optional<HopperPlan> PlanHopper(const Problem& problem, const DeviceDescription& device, int config) {
+  std::optional<HopperPlan> best;
+  double least = std::numeric_limits<double>::infinity();
+  ForEachPlan(problem, device, config, [&](const HopperPlan& plan) {
+    const bool long_chain = !kConfigs[plan.config].Stretches() &&
+                            MostSteps(problem, plan.schedule.split_k) * hopper::kStepK > kLongestChain;
+    if (config < 0 && long_chain) return;
+    const double cost = Cost(problem, device, plan);
+    if (cost >= least) return;
+    best = plan;
+    least = cost;
+  });
   return best;
 }
 

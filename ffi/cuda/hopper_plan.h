@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "core/problem.h"
 #include "cuda/device.h"
@@ -20,6 +21,9 @@ struct HopperPlan {
 
 // From so many tokens on the plan prefers it to the decode kernel.
 inline constexpr int kHopperTokens = 17;
+
+// Every tile and way to divide k that the device has room for, to be timed.
+std::vector<HopperPlan> EveryHopperPlan(const Problem& problem, const DeviceDescription& device);
 
 // The best schedule, of one config or of all (config < 0); m is known and not 0. None where the device is not a Hopper
 // GPU with the kernel compiled for it, or where there are more tiles than a launch holds.

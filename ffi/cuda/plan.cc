@@ -124,16 +124,6 @@ Plan ToPlan(const DecodePlan& decode) {
   return plan;
 }
 
-Plan ToPlan(const HopperPlan& hopper) {
-  Plan plan;
-  plan.kernel = Kernel::kHopper;
-  plan.config = hopper.config;
-  plan.tiles_m = hopper.tiles_m;
-  plan.tiles_n = hopper.tiles_n;
-  plan.hopper = hopper.schedule;
-  return plan;
-}
-
 // A kernel that is planned for one m was named where m is not known.
 Status NeedsM(Kernel kernel) {
   return Unimplemented() << "int4pack_mm: m is not known when the program is compiled, and the " << KernelName(kernel)
@@ -177,6 +167,16 @@ StatusOr<Plan> MakeHopperPlan(const Problem& problem, const DeviceDescription& d
 }
 
 }  // namespace
+
+Plan ToPlan(const HopperPlan& hopper) {
+  Plan plan;
+  plan.kernel = Kernel::kHopper;
+  plan.config = hopper.config;
+  plan.tiles_m = hopper.tiles_m;
+  plan.tiles_n = hopper.tiles_n;
+  plan.hopper = hopper.schedule;
+  return plan;
+}
 
 StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device, std::string_view implementation) {
   if (Status status = Validate(problem); !status.ok()) return status;

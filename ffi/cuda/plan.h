@@ -10,6 +10,7 @@
 #include "core/problem.h"
 #include "core/status.h"
 #include "cuda/device.h"
+#include "cuda/hopper_plan.h"
 #include "cuda/kernels/ampere/config.h"
 #include "cuda/kernels/decode/config.h"
 #include "cuda/kernels/hopper/config.h"
@@ -32,6 +33,8 @@ struct Plan {
 // `implementation` is the public name of a kernel, or empty to choose. With m = kUnknownM the plan says how much
 // workspace any m needs; the kernel is chosen at the call, unless it was named.
 StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device, std::string_view implementation);
+
+Plan ToPlan(const HopperPlan& hopper);
 
 Explanation Explain(const Problem& problem, const DeviceDescription& device, const Plan& plan);
 

@@ -1,7 +1,7 @@
 #include "cuda/ampere_plan.h"
 
 #include <algorithm>
-#include <cmath>
+#include <array>
 #include <limits>
 
 #include "core/ceil_div.h"
@@ -15,32 +15,54 @@ using ampere::kStepK;
 
 constexpr int64_t kMostTiles = std::numeric_limits<int32_t>::max();  // Blocks of one launch.
 
-// Estimated time of a whole call in SM clocks: the busiest SM's share of tiles times what one tile takes. The rates are
-// those of one SM, fitted to measurements of every tile on an H200 (docs/kernels/ampere.md); only ratios between tiles
-// matter.
-double EstimatedClocks(const Problem& p, const DeviceDescription& device, const Config& c) {
-  constexpr double kMacsPerClock = 680;              // mma.sync
-  constexpr double kWeightsPerClock = 9.6;           // Loaded and dequantised.
-  constexpr double kActivationBytesPerClock = 24.5;  // From L2 into shared memory.
-  constexpr double kClocksPerPartialSum = 0.0035;    // Written, read back and added at the end of a tile.
-  constexpr double kWarpsToHideLatency = 9.3;
+// Clocks of a step in a tile, measured on an H200 (docs/kernels/ampere.md): with one CTA on an SM, and with min_ctas.
+struct StepClocks {
+  double alone;
+  double full;
+};
+
+// In the order of kConfigs.
+constexpr std::array<StepClocks, 8> kStepClocks = {{
+    {207, 244},
+    {410, 750},
+    {268, 289},
+    {569, 776},
+    {853, 1595},
+    {1321, 2668},
+    {1347, 1749},
+    {1847, 2988},
+}};
+static_assert(kStepClocks.size() == kConfigs.size());
+
+// Estimated time of a whole call in SM clocks, less what every call takes. The busiest SM takes its tiles in rounds of
+// as many as it holds at one time.
+double EstimatedClocks(const Problem& p, const DeviceDescription& device, int config) {
+  constexpr double kPerRound = 727;  // Until the first stage is there, and the last sum stored.
+  constexpr double kPerOutput = 0.453;
+  constexpr int kReservedBytes = 1024;  // Of shared memory, for each CTA.
+  const Config& c = kConfigs[config];
   const int64_t tiles = CeilDiv(p.m, c.tokens) * CeilDiv(p.n, c.TileN());
   const int64_t tiles_per_sm = CeilDiv(tiles, device.sm_count);
+  const int fitting = (device.SharedBytesPerCta() + kReservedBytes) / (c.SharedBytes() + kReservedBytes);
+  const int resident = std::min(c.min_ctas, fitting);
   const double steps = static_cast<double>(CeilDiv(p.k, kStepK));
-  const double weights = static_cast<double>(c.TileN()) * kStepK;
-  const double step = weights * c.tokens / kMacsPerClock + weights / kWeightsPerClock +
-                      static_cast<double>(c.tokens) * kStepK * 2 / kActivationBytesPerClock;
-  const double resident_warps = static_cast<double>(std::min<int64_t>(tiles_per_sm, c.min_ctas)) * c.Threads() / 32;
-  const double exposed = std::pow(std::max(1.0, kWarpsToHideLatency / resident_warps), 1.5);
-  const double partial_sums = static_cast<double>(c.TileN()) * c.tokens * c.warps_k;
-  return static_cast<double>(tiles_per_sm) * (steps * step * exposed + partial_sums * kClocksPerPartialSum);
+  const double per_round = kPerRound + kPerOutput * c.TileN() * c.tokens;
+  const auto round = [&](int64_t ctas) {
+    const StepClocks& step = kStepClocks[config];
+    const double filled = static_cast<double>(ctas - 1) / (c.min_ctas - 1);
+    return per_round + steps * (step.alone + (step.full - step.alone) * filled);
+  };
+  const int64_t rest = tiles_per_sm % resident;
+  return static_cast<double>(tiles_per_sm / resident) * round(resident) + (rest == 0 ? 0.0 : round(rest));
 }
 
 int ChooseConfig(const Problem& p, const DeviceDescription& device) {
   int best = 0;
   double best_clocks = std::numeric_limits<double>::infinity();
   for (int i = 0; i < static_cast<int>(kConfigs.size()); ++i) {
-    const double clocks = EstimatedClocks(p, device, kConfigs[i]);
+    // Not measured: tiles that would read the weight three times and more.
+    if (kConfigs[i].tokens == 8 && p.m > 16) continue;
+    const double clocks = EstimatedClocks(p, device, i);
     if (clocks < best_clocks) {
       best = i;
       best_clocks = clocks;

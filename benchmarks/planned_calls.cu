@@ -1,5 +1,5 @@
-// Calls of int4pack_mm below XLA, for timing: every plan that there is for a problem, or the chosen one. C functions, for
-// ctypes.
+// Calls of int4pack_mm below XLA, for timing: every plan that there is for a problem, or the chosen one. C functions,
+// for ctypes.
 #include <cstdint>
 #include <string>
 #include <vector>

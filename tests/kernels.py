@@ -42,9 +42,10 @@ CUDA_IMPLEMENTATIONS = (
     "ampere/32x8",
     "ampere/16x16",
     "ampere/32x32",
-    "ampere/32x64",
+    "ampere/64x32",
+    "ampere/128x32",
+    "ampere/64x64",
     "ampere/128x64",
-    "ampere/128x128",
 )
 
 

@@ -1,13 +1,11 @@
 #include "cuda/plan.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <optional>
 #include <sstream>
 #include <string>
 
-#include "core/ceil_div.h"
+#include "cuda/ampere_plan.h"
 #include "cuda/decode_plan.h"
 #include "cuda/hopper_plan.h"
 
@@ -16,7 +14,6 @@ namespace {
 
 constexpr int kOldestArchitecture = 80;          // mma.sync m16n8k16 with bf16 operands, cp.async.
 constexpr int64_t kMostRows = int64_t{1} << 30;  // Of n and of k: the kernels index within a row of tiles in 32 bits.
-constexpr int64_t kMostTiles = std::numeric_limits<int32_t>::max();  // Blocks of one launch.
 constexpr std::string_view kRemedy = "Leave implementation=None to choose.";
 constexpr std::string_view kAmpereName = "ampere";
 constexpr std::string_view kDecodeName = "decode";
@@ -58,61 +55,17 @@ int TileCount(Kernel kernel) {
   }
 }
 
-// Estimated time of a whole call in SM clocks: the busiest SM's share of tiles times what one tile takes. The rates are
-// those of one SM, fitted to measurements of every tile on an H200 (docs/kernels/ampere.md); only ratios between tiles
-// matter.
-double EstimatedClocks(const Problem& p, const DeviceDescription& device, const ampere::Config& c) {
-  constexpr double kMacsPerClock = 680;              // mma.sync
-  constexpr double kWeightsPerClock = 9.6;           // Loaded and dequantised.
-  constexpr double kActivationBytesPerClock = 24.5;  // From L2 into shared memory.
-  constexpr double kClocksPerPartialSum = 0.0035;    // Written, read back and added at the end of a tile.
-  constexpr double kWarpsToHideLatency = 9.3;
-  const int64_t tiles = CeilDiv(p.m, c.tokens) * CeilDiv(p.n, c.TileN());
-  const int64_t tiles_per_sm = CeilDiv(tiles, device.sm_count);
-  const double steps = static_cast<double>(CeilDiv(p.k, ampere::kStepK));
-  const double weights = static_cast<double>(c.TileN()) * ampere::kStepK;
-  const double step = weights * c.tokens / kMacsPerClock + weights / kWeightsPerClock +
-                      static_cast<double>(c.tokens) * ampere::kStepK * 2 / kActivationBytesPerClock;
-  const double resident_warps = static_cast<double>(std::min<int64_t>(tiles_per_sm, c.min_ctas)) * c.Threads() / 32;
-  const double exposed = std::pow(std::max(1.0, kWarpsToHideLatency / resident_warps), 1.5);
-  const double partial_sums = static_cast<double>(c.TileN()) * c.tokens * c.warps_k;
-  return static_cast<double>(tiles_per_sm) * (steps * step * exposed + partial_sums * kClocksPerPartialSum);
-}
-
-int ChooseAmpereConfig(const Problem& p, const DeviceDescription& device) {
-  int best = 0;
-  double best_clocks = std::numeric_limits<double>::infinity();
-  for (int i = 0; i < static_cast<int>(ampere::kConfigs.size()); ++i) {
-    const double clocks = EstimatedClocks(p, device, ampere::kConfigs[i]);
-    if (clocks < best_clocks) {
-      best = i;
-      best_clocks = clocks;
-    }
-  }
-  return best;
-}
-
 std::string EveryTile(Kernel kernel) {
   std::string names;
   for (int i = 0; i < TileCount(kernel); ++i) names += (i == 0 ? "\"" : ", \"") + LaunchName(kernel, i) + "\"";
   return names;
 }
 
-StatusOr<Plan> MakeAmperePlan(const Problem& problem, const DeviceDescription& device, int config) {
+Plan ToPlan(const AmperePlan& ampere) {
   Plan plan;
-  if (problem.m == kUnknownM) {
-    plan.config = std::max(config, 0);
-    return plan;
-  }
-  plan.config = config >= 0 ? config : ChooseAmpereConfig(problem, device);
-  const ampere::Config& c = ampere::kConfigs[plan.config];
-  plan.tiles_m = CeilDiv(problem.m, c.tokens);
-  plan.tiles_n = CeilDiv(problem.n, c.TileN());
-  if (plan.tiles_m > kMostTiles / plan.tiles_n) {
-    return Unimplemented() << "int4pack_mm: m " << problem.m << " and n " << problem.n << " make " << plan.tiles_m
-                           << " x " << plan.tiles_n << " tiles, more than one launch holds (" << kMostTiles
-                           << "). Split x along m.";
-  }
+  plan.config = ampere.config;
+  plan.tiles_m = ampere.tiles_m;
+  plan.tiles_n = ampere.tiles_n;
   return plan;
 }
 
@@ -164,6 +117,17 @@ StatusOr<Plan> MakeHopperPlan(const Problem& problem, const DeviceDescription& d
                            << " make more tiles than one launch of the Hopper kernel holds. Split x along m.";
   }
   return ToPlan(*hopper);
+}
+
+// The ampere kernel because it was named, or because no other takes the problem.
+StatusOr<Plan> MakeAmperePlan(const Problem& problem, const DeviceDescription& device, int config) {
+  if (problem.m == kUnknownM) return ToPlan(AmperePlan{std::max(config, 0), 0, 0});
+  const std::optional<AmperePlan> ampere = PlanAmpere(problem, device, config);
+  if (!ampere) {
+    return Unimplemented() << "int4pack_mm: m " << problem.m << " and n " << problem.n
+                           << " make more tiles than one launch holds. Split x along m.";
+  }
+  return ToPlan(*ampere);
 }
 
 }  // namespace

@@ -1,8 +1,10 @@
 // The plan of the CUDA kernels, on machines without a GPU.
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
 
+#include "cuda/ampere_plan.h"
 #include "cuda/decode_plan.h"
 #include "cuda/hopper_plan.h"
 #include "cuda/plan.h"
@@ -220,6 +222,32 @@ void NoTileSumsALongKInOneChain() {
   EXPECT(MakePlan(MakeProblem(8192, 4096, 65536), kH200, "hopper/128x256").ok()) << "by name";
 }
 
+void TheAmpereTileIsTheFastestMeasured() {
+  const auto tile = [](int64_t m, int64_t n, int64_t k) {
+    const ampere::Config& c = ampere::kConfigs[PlanAmpere(MakeProblem(m, n, k), kH200, -1)->config];
+    return std::to_string(c.TileN()) + "x" + std::to_string(c.tokens);
+  };
+  EXPECT(tile(1, 4096, 4096) == "16x8") << tile(1, 4096, 4096);
+  EXPECT(tile(1, 14336, 4096) == "32x8") << tile(1, 14336, 4096);
+  EXPECT(tile(16, 4096, 4096) == "16x16") << tile(16, 4096, 4096);
+  EXPECT(tile(32, 4096, 4096) == "32x32") << tile(32, 4096, 4096);
+  EXPECT(tile(128, 4096, 4096) == "64x32") << tile(128, 4096, 4096);
+  EXPECT(tile(512, 3072, 3072) == "128x32") << tile(512, 3072, 3072);
+  EXPECT(tile(256, 4096, 14336) == "64x64") << tile(256, 4096, 14336);
+  EXPECT(tile(4096, 14336, 4096) == "128x64") << tile(4096, 14336, 4096);
+}
+
+void AmpereTilesAreChosenForEveryArchitecture() {
+  for (const DeviceDescription& device :
+       {DeviceDescription{80, 108}, DeviceDescription{86, 84}, DeviceDescription{120, 170}}) {
+    for (const int64_t m : {1, 17, 64, 4096}) {
+      const std::optional<AmperePlan> plan = PlanAmpere(MakeProblem(m, 4096, 4096), device, -1);
+      EXPECT(ampere::kConfigs[plan->config].SharedBytes() <= device.SharedBytesPerCta()) << m;
+      EXPECT((m > 16) == (ampere::kConfigs[plan->config].tokens > 8)) << m;
+    }
+  }
+}
+
 void WhatCannotBeServedIsASentence() {
   const Problem p = MakeProblem(1, 64, 256);
   Status status = MakePlan(p, DeviceDescription{75, 40}, "").status();
@@ -286,6 +314,8 @@ int main() {
   int4mm::cuda::EveryKernelIsChosenWhereItIsTheFastest();
   int4mm::cuda::TheHopperTileIsTheFastestMeasured();
   int4mm::cuda::NoTileSumsALongKInOneChain();
+  int4mm::cuda::TheAmpereTileIsTheFastestMeasured();
+  int4mm::cuda::AmpereTilesAreChosenForEveryArchitecture();
   int4mm::cuda::WhatCannotBeServedIsASentence();
   int4mm::cuda::AnUnknownMLeavesTheChoiceToTheCall();
   return int4mm::test::Result();

@@ -85,6 +85,10 @@ __device__ __forceinline__ void LoadShared(uint32_t (&d)[4], uint32_t shared_add
                : "memory");
 }
 
+__device__ __forceinline__ void LoadShared(uint32_t (&d)[2], uint32_t shared_address) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(d[0]), "=r"(d[1]) : "r"(shared_address) : "memory");
+}
+
 // Copies 16 bytes to shared memory; where `valid` is false it writes zeros and reads nothing, wherever `global` points.
 __device__ __forceinline__ void CopyAsync16(uint32_t shared_address, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -93,8 +97,17 @@ __device__ __forceinline__ void CopyAsync16(uint32_t shared_address, const void*
                : "memory");
 }
 
-// The same where `condition` holds; else nothing is read or written. For words that are read once: memory is asked for
-// 256 bytes at a time.
+// CopyAsync16 of 4 or 8 bytes.
+template <int kBytes>
+__device__ __forceinline__ void CopyAsyncFew(uint32_t shared_address, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+               :
+               : "r"(shared_address), "l"(global), "n"(kBytes), "r"(valid ? kBytes : 0)
+               : "memory");
+}
+
+// CopyAsync16 where `condition` holds; else nothing is read or written. For words that are read once: memory is asked
+// for 256 bytes at a time.
 __device__ __forceinline__ void CopyAsync16If(bool condition, uint32_t shared_address, const void* global) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.cg.shared.global.L2::256B [%0], [%1], 16;}"
                :

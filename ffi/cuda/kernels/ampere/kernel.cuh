@@ -1,28 +1,20 @@
 // y^T = w x^T on the tensor cores, with the operands swapped: the packed words of two stacked n-tiles are the A
-// fragment of mma.m16n8k16, and tokens are its 8 columns.
+// fragment of mma.m16n8k16, and tokens are its 8 columns. Here the schedule for few tokens: packed words go straight to
+// registers.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <utility>
 
-#include "core/problem.h"
+#include "cuda/kernels/ampere/arguments.h"
 #include "cuda/kernels/ampere/config.h"
+#include "cuda/kernels/ampere/staged.cuh"
 #include "cuda/kernels/dequant.cuh"
 #include "cuda/kernels/float_bits.cuh"
 #include "cuda/kernels/ptx.cuh"
 
 namespace int4mm::cuda::ampere {
-
-struct Arguments {
-  Operands operands;
-  int64_t m;
-  int n;
-  int k;
-  int group_shift;  // log2(group_size / 32)
-  int inner_k_tiles;
-  int tiles_n;
-};
 
 // Where a warp stands: in the CTA's tile of the output, in its slice of k, and in the sources that its slice copies
 // from. All that does not change from step to step is computed here, once.
@@ -307,11 +299,19 @@ __global__ void __launch_bounds__(kConfigs[kConfig].Threads(), kConfigs[kConfig]
   }
 }
 
+template <typename Float, int kConfig>
+const void* AddressOf() {
+  if constexpr (kConfigs[kConfig].Staged()) {
+    return reinterpret_cast<const void*>(&StagedKernel<Float, kConfig>);
+  } else {
+    return reinterpret_cast<const void*>(&Kernel<Float, kConfig>);
+  }
+}
+
 // The kernels of every tile for one dtype, in the order of kConfigs.
 template <typename Float, int... kEvery>
 const void* KernelOf(int config, std::integer_sequence<int, kEvery...>) {
-  static const std::array<const void*, sizeof...(kEvery)> kernels = {
-      reinterpret_cast<const void*>(&Kernel<Float, kEvery>)...};
+  static const std::array<const void*, sizeof...(kEvery)> kernels = {AddressOf<Float, kEvery>()...};
   return kernels[config];
 }
 

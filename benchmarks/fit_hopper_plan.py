@@ -2,8 +2,8 @@
 
     python benchmarks/fit_hopper_plan.py benchmarks/results/h200/hopper_tiles.csv
 
-The table's columns are n, k, group_size, m, tile ("rows x tokens", as in 128x64), split_k and us; other lines, such as
-those of another product in the same run, are left out. Needs scipy.
+The table is one of `bench_prefill.py --every-tile`. Read are its columns n, k, group_size, m, implementation
+("hopper/128x64"), split_k and us; lines of other products are left out. Needs scipy.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read_timed(path: pathlib.Path) -> list[Timed]:
     found = []
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            named = re.fullmatch(r"(\d+)x(\d+)", row["tile"])
+            named = re.fullmatch(r"hopper/(\d+)x(\d+)", row["implementation"])
             if named is None:
                 continue
             n, k, group_size, m = (int(row[name]) for name in ("n", "k", "group_size", "m"))

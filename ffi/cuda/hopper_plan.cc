@@ -28,23 +28,30 @@ struct StepTime {
   double more_groups;
 };
 constexpr std::array<StepTime, kConfigs.size()> kStepTimes = {{
-    {0.372, 0.422},  // 128 x 16
-    {0.399, 0.450},  // 128 x 32
-    {0.696, 0.779},  // 256 x 32
-    {0.437, 0.496},  // 128 x 48
-    {0.477, 0.537},  // 128 x 64
-    {0.661, 0.740},  // 192 x 64
-    {0.920, 1.020},  // 256 x 64
-    {0.538, 0.588},  // 128 x 80
-    {0.583, 0.651},  // 128 x 96
-    {0.811, 0.948},  // 192 x 96
-    {0.633, 0.710},  // 128 x 112
-    {0.688, 0.753},  // 128 x 128
-    {0.997, 1.049},  // 192 x 128
-    {0.874, 0.883},  // 128 x 160
-    {1.007, 1.028},  // 128 x 192
-    {1.185, 1.184},  // 128 x 224
-    {1.325, 1.326},  // 128 x 256
+    {0.412, 0.475},  // 128 x 16
+    {0.428, 0.490},  // 128 x 32
+    {0.746, 0.843},  // 256 x 32
+    {0.452, 0.513},  // 128 x 48
+    {0.485, 0.549},  // 128 x 64
+    {0.674, 0.757},  // 192 x 64
+    {0.935, 1.044},  // 256 x 64
+    {0.548, 0.607},  // 128 x 80
+    {0.588, 0.660},  // 128 x 96
+    {0.816, 0.954},  // 192 x 96
+    {0.636, 0.714},  // 128 x 112
+    {0.885, 0.972},  // 192 x 112
+    {0.691, 0.759},  // 128 x 128
+    {0.991, 1.050},  // 192 x 128
+    {0.793, 0.801},  // 128 x 144
+    {0.863, 0.872},  // 128 x 160
+    {1.210, 1.219},  // 192 x 160
+    {0.904, 0.941},  // 128 x 176
+    {0.985, 1.011},  // 128 x 192
+    {1.454, 1.465},  // 192 x 192
+    {1.066, 1.074},  // 128 x 208
+    {1.148, 1.154},  // 128 x 224
+    {1.234, 1.240},  // 128 x 240
+    {1.310, 1.316},  // 128 x 256
 }};
 
 // Clusters that find room at the same time: one lies within a group of 16 or 18 SMs, and not all groups are whole.
@@ -58,12 +65,12 @@ int64_t MostSteps(const Problem& p, int split_k) { return CeilDiv(CeilDiv(p.k, h
 
 // Estimated microseconds of a call, but for what all schedules have in common.
 double Cost(const Problem& p, const DeviceDescription& device, const HopperPlan& plan) {
-  constexpr double kPerTile = 0.57;          // Its start and its output.
-  constexpr double kPerTileToken = -0.0022;  // Wide tiles hide more of both.
-  constexpr double kSplit = 0.6;             // Two meetings of a cluster,
-  constexpr double kPerSplitToken = 0.0113;  // the exchange of sums,
-  constexpr double kPerSplit = 0.49;         // and the addition of log2(split_k) of them.
-  constexpr double kBusy = 0.13;             // All SMs at work are slower than one: power, and the rate of the L2.
+  constexpr double kPerTile = -0.0909;       // Its start and its output.
+  constexpr double kPerTileToken = 0.0044;   // Wide tiles hide more of both.
+  constexpr double kSplit = 0.5109;          // Two meetings of a cluster,
+  constexpr double kPerSplitToken = 0.0111;  // the exchange of sums,
+  constexpr double kPerSplit = 0.2446;       // and the addition of log2(split_k) of them.
+  constexpr double kBusy = 0.1549;           // All SMs at work are slower than one: power, and the rate of the L2.
   constexpr double kUsuallyBusy = 0.9;
   const Config& c = kConfigs[plan.config];
   const int split_k = plan.schedule.split_k;

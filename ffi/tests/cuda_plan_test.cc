@@ -171,7 +171,7 @@ void HopperTilesFitTheHardware() {
       EXPECT(c.ExchangeBytes(split_k) % (split_k * bytes_of_block) == 0) << split_k;
       EXPECT(c.ExchangeBytes(split_k) >= c.tokens / 8 * bytes_of_block) << split_k;
     }
-    EXPECT(c.batch == 1 || c.batch == 2) << "registers of operands take turns within a step";
+    EXPECT(c.batch == 1 || c.batch == 2 || c.batch == 4) << "words of a step";
   }
 }
 
@@ -201,7 +201,7 @@ void TheHopperTileIsTheFastestMeasured() {
     const HopperPlan plan = *PlanHopper(MakeProblem(m, n, k), kH200, -1);
     return TileOf(plan) + "/" + std::to_string(plan.schedule.split_k);
   };
-  EXPECT(tile(4096, 14336, 4096) == "128x256/1") << tile(4096, 14336, 4096);
+  EXPECT(tile(4096, 14336, 4096) == "128x208/1") << tile(4096, 14336, 4096);
   EXPECT(tile(1024, 3072, 3072) == "192x128/1") << tile(1024, 3072, 3072);
   EXPECT(tile(256, 4096, 14336) == "128x128/2") << tile(256, 4096, 14336);
   EXPECT(tile(64, 14336, 4096) == "128x64/1") << tile(64, 14336, 4096);
@@ -218,7 +218,7 @@ void NoTileSumsALongKInOneChain() {
       }
     }
   }
-  EXPECT(TileOf(*PlanHopper(MakeProblem(8192, 4096, 16384), kH200, -1)) == "128x256") << "not longer than compared";
+  EXPECT(!hopper::kConfigs[PlanHopper(MakeProblem(8192, 4096, 16384), kH200, -1)->config].Stretches()) << "compared";
   EXPECT(MakePlan(MakeProblem(8192, 4096, 65536), kH200, "hopper/128x256").ok()) << "by name";
 }
 

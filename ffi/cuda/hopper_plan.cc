@@ -72,6 +72,7 @@ double Cost(const Problem& p, const DeviceDescription& device, const HopperPlan&
   constexpr double kPerSplit = 0.2446;       // and the addition of log2(split_k) of them.
   constexpr double kBusy = 0.1549;           // All SMs at work are slower than one: power, and the rate of the L2.
   constexpr double kUsuallyBusy = 0.9;
+  constexpr double kAlone = 1.1;  // A warpgroup alone in a CTA takes longer than in turn with others.
   const Config& c = kConfigs[plan.config];
   const int split_k = plan.schedule.split_k;
   const int64_t tiles = plan.tiles_m * plan.tiles_n;
@@ -80,7 +81,9 @@ double Cost(const Problem& p, const DeviceDescription& device, const HopperPlan&
   const double busy = static_cast<double>(std::min<int64_t>(tiles * split_k, device.sm_count)) / device.sm_count;
   const double tokens = c.tokens * c.Rows() / 128.0;
   const double steps = static_cast<double>(MostSteps(p, split_k));
-  const double waves = static_cast<double>(CeilDiv(tiles, plan.schedule.clusters));
+  const int64_t divided = plan.schedule.divided_tiles;
+  const double waves =
+      static_cast<double>(CeilDiv(tiles - divided, plan.schedule.clusters)) + (divided > 0 ? kAlone / c.warpgroups : 0);
   double cost = waves * (steps * step * (1 + kBusy * (busy - kUsuallyBusy)) + kPerTile + kPerTileToken * tokens);
   if (split_k > 1) cost += kSplit + kPerSplitToken * tokens + kPerSplit * std::log2(split_k);
   return cost;
@@ -101,6 +104,8 @@ std::optional<HopperPlan> MakeHopperPlan(const Problem& problem, const DeviceDes
   Schedule& s = plan.schedule;
   s.clusters = static_cast<int>(std::min(tiles, most_clusters));
   s.split_k = split_k;
+  const int64_t left = tiles % s.clusters;
+  if (split_k == 1 && tiles > s.clusters && left * c.warpgroups <= s.clusters) s.divided_tiles = static_cast<int>(left);
   const int stage_bytes = c.StageBytes(hopper::GroupsPerStep(problem.group_size));
   s.stages = std::min((device.SharedBytesPerCta() - hopper::kBarrierBytes) / stage_bytes, hopper::kMostStages);
   s.shared_bytes = s.stages * stage_bytes + hopper::kBarrierBytes;

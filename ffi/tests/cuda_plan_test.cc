@@ -146,6 +146,8 @@ void HopperSchedulesCoverTheOutput() {
             EXPECT(plan->tiles_n * c.Rows() >= n && (plan->tiles_n - 1) * c.Rows() < n) << n;
             EXPECT(s.clusters >= 1 && s.clusters <= tiles && s.clusters * s.split_k <= kH200.sm_count) << s.clusters;
             EXPECT(s.split_k == 1 || s.clusters == tiles) << "a CTA of a cluster takes one tile";
+            EXPECT((tiles - s.divided_tiles) % s.clusters == 0 || s.divided_tiles == 0) << s.divided_tiles;
+            EXPECT(s.divided_tiles * c.warpgroups <= s.clusters && s.divided_tiles < tiles) << s.divided_tiles;
             EXPECT(int64_t{128} * s.split_k < k + 128) << "a CTA without a step of k";
             EXPECT(s.stages > c.OutputStages() && s.stages <= hopper::kMostStages) << s.stages;
             const int ring = s.stages * c.StageBytes(hopper::GroupsPerStep(group_size));
@@ -157,6 +159,17 @@ void HopperSchedulesCoverTheOutput() {
       }
     }
   }
+}
+
+void TheFewTilesOfALastWaveAreDivided() {
+  const auto divided = [](int64_t m, int64_t n, const char* name) {
+    return MakePlan(MakeProblem(m, n, 4096), kH200, name)->hopper.divided_tiles;
+  };
+  EXPECT(divided(1024, 14336, "hopper/128x256") == 52) << "448 tiles on 132 SMs";
+  EXPECT(divided(768, 14336, "hopper/128x256") == 0) << "72 tiles, by two each, do not fit 132 SMs";
+  EXPECT(divided(256, 16896, "hopper/128x256") == 0) << "132 tiles";
+  EXPECT(divided(256, 4096, "hopper/128x256") == 0) << "32 tiles";
+  EXPECT(divided(64, 128 * 64 + 256 * 101, "hopper/256x64") == 1) << "133 tiles";
 }
 
 void HopperTilesFitTheHardware() {
@@ -310,6 +323,7 @@ int main() {
   int4mm::cuda::DecodeSchedulesCoverTheOutput();
   int4mm::cuda::TheDecodeScheduleIsTheOneWithTheFewestSteps();
   int4mm::cuda::HopperSchedulesCoverTheOutput();
+  int4mm::cuda::TheFewTilesOfALastWaveAreDivided();
   int4mm::cuda::HopperTilesFitTheHardware();
   int4mm::cuda::EveryKernelIsChosenWhereItIsTheFastest();
   int4mm::cuda::TheHopperTileIsTheFastestMeasured();

@@ -58,6 +58,17 @@ def test_more_tiles_than_a_gpu_has_multiprocessors(kernel: Kernel, dtype: np.dty
     assert_right(kernel, [cases.random_x(rng, (m, 256), dtype) for m in (40, 701)], weight, kernel.device)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("tile", [name for name in CUDA_IMPLEMENTATIONS if name.startswith("hopper/")])
+def test_a_last_wave_of_few_tiles(tile: str, dtype: np.dtype, rng: np.random.Generator) -> None:
+    # Three tiles more than there are multiprocessors: the kernel divides those by rows.
+    kernel = Kernel("cuda", tile)
+    rows, tokens = map(int, tile.removeprefix("hopper/").split("x"))
+    weight = cases.random_weight(rng, rows * (kernel.device.core_count + 3) - 72, 640, 32, 8, dtype)
+    assert_right(kernel, [cases.random_x(rng, (tokens - 3, 640), dtype)], weight, kernel.device)
+
+
 @FORMATS
 def test_the_identity_reads_off_the_weight_that_dequantize_returns(
     kernel: Kernel, dtype: np.dtype, group_size: int, inner_k_tiles: int, rng: np.random.Generator

@@ -44,10 +44,12 @@ struct Config {
 };
 
 // How one call is spread over the GPU, decided by the plan. `split_k` CTAs, a cluster, share a tile: each sums its part
-// of k, and then their sums meet. Clusters take tiles in turn.
+// of k, and then their sums meet. Clusters take tiles in turn. Where few tiles are left for the last turn, each of them
+// is divided by rows: as many CTAs as it has warpgroups compute 64 rows each.
 struct Schedule {
   int clusters = 0;
-  int split_k = 0;  // 1, 2, 4 or 8.
+  int divided_tiles = 0;  // The last so many.
+  int split_k = 0;        // 1, 2, 4 or 8.
   int stages = 0;
   int shared_bytes = 0;
 };

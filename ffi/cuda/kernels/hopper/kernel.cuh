@@ -45,7 +45,9 @@ struct Arguments {
   int n;
   int group_shift;  // log2(group_size)
   int inner_k_tiles;
-  int tiles;
+  // The first whole_tiles tasks are tiles of the output, those after are the rows of one warpgroup in a tile.
+  int tasks;
+  int whole_tiles;
   // Tiles of neighbouring clusters have tokens in common: up to kRaster token tiles form a band, all rows of which are
   // taken before the next band. The last band may have fewer.
   int bands;
@@ -66,19 +68,31 @@ constexpr int kRaster = 8;
 // up this many steps from zero and then add in rounded f32.
 constexpr int kStretch = 8;
 
-// A cluster's tile of the output.
+// A cluster's task.
 struct Tile {
+  static constexpr int kEvery = -1;
+
   int first_token;
   int first_row;
+  int warpgroup = kEvery;  // Whose rows are wanted.
 
-  __device__ __forceinline__ Tile(const Arguments& args, const Config& config, int index) {
-    uint32_t in_band = static_cast<uint32_t>(index);
+  __device__ __forceinline__ Tile(const Arguments& args, const Config& config, int task) {
+    uint32_t in_band = static_cast<uint32_t>(task);
+    if (task >= args.whole_tiles) {
+      const int rows = task - args.whole_tiles;
+      warpgroup = rows % config.warpgroups;
+      in_band = static_cast<uint32_t>(args.whole_tiles + rows / config.warpgroups);
+    }
     const uint32_t band = args.per_band.Divide(in_band);
     uint32_t tile_m = in_band;
     const bool last = static_cast<int>(band) == args.bands - 1;
     const uint32_t tile_n = (last ? args.last_band_tiles_m : args.band_tiles_m).Divide(tile_m);
     first_row = static_cast<int>(tile_n) * config.Rows();
     first_token = static_cast<int>(band * kRaster + tile_m) * config.tokens;
+  }
+
+  __device__ __forceinline__ bool Wants(int of_warpgroup) const {
+    return warpgroup == kEvery || warpgroup == of_warpgroup;
   }
 };
 
@@ -150,8 +164,8 @@ __device__ __forceinline__ void Produce(const Arguments& args, const Place& at) 
   Turn turn;
   turn.Next(args);
   int step = at.first_step + 1;
-  for (int index = at.cluster; index < args.tiles; index += at.clusters) {
-    const Tile tile(args, kTile, index);
+  for (int task = at.cluster; task < args.tasks; task += at.clusters) {
+    const Tile tile(args, kTile, task);
     for (; step < at.first_step + at.steps; ++step) {
       ptx::WaitBarrier(at.empty + 8 * turn.stage, turn.parity ^ 1);
       CopyStage<kConfig>(args, at, tile, step, turn.stage);
@@ -174,17 +188,18 @@ __device__ __forceinline__ void StoreOutput(const Arguments& args, const Place& 
   constexpr int kBytes = kTile.tokens * kRowTile * 2;
   int stage = 0;
   uint32_t parities = 0;  // Of the barriers of all stages.
-  for (int index = at.cluster; index < args.tiles; index += at.clusters) {
-    const Tile tile(args, kTile, index);
+  for (int task = at.cluster; task < args.tasks; task += at.clusters) {
+    const Tile tile(args, kTile, task);
     stage = (stage + at.steps) % args.stages;
+#pragma unroll
     for (int i = 0; i < kTile.OutputStages(); ++i) {
       ptx::WaitBarrier(at.output + 8 * stage, parities >> stage & 1);
       parities ^= 1u << stage;
-      const int row = tile.first_row + 2 * kRowTile * i;
-      const uint32_t y = at.Stage(args, stage);
-      if (row < args.n) ptx::StoreTensorTile(&args.y, tile.first_token, row, y);
-      if (2 * i + 1 < kTile.warpgroups && row + kRowTile < args.n) {
-        ptx::StoreTensorTile(&args.y, tile.first_token, row + kRowTile, y + kBytes);
+#pragma unroll
+      for (int warpgroup = 2 * i; warpgroup < 2 * i + 2; ++warpgroup) {
+        const int row = tile.first_row + warpgroup * kRowTile;
+        if (warpgroup >= kTile.warpgroups || row >= args.n || !tile.Wants(warpgroup)) continue;
+        ptx::StoreTensorTile(&args.y, tile.first_token, row, at.Stage(args, stage) + warpgroup % 2 * kBytes);
       }
       ptx::WaitStoresRead();
       ptx::Arrive(at.empty + 8 * stage, 4 * kTile.warpgroups);
@@ -239,7 +254,17 @@ __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, 
   constexpr int kSets = kBatch == 4 ? 1 : 2;
 
   Turn turn;
-  for (int index = at.cluster; index < args.tiles; index += at.clusters) {
+  for (int task = at.cluster; task < args.tasks; task += at.clusters) {
+    const Tile tile(args, kTile, task);
+    if (!tile.Wants(warp / 4)) {
+      for (int step = 0; step < at.steps; ++step) {
+        ptx::WaitBarrier(at.full + 8 * turn.stage, turn.parity);
+        ptx::ArriveIf(lane == 0, at.empty + 8 * turn.stage);
+        turn.Next(args);
+      }
+      for (int i = 0; i < kTile.OutputStages(); ++i) turn.Next(args);
+      continue;
+    }
     float sums[kBlocks][4] = {};
     float stretch[kStretches ? kBlocks : 1][4];
     const auto add_stretch = [&] {
@@ -319,25 +344,29 @@ __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, 
 
     if (args.split_k == 1) {
       // Into the stage of this pair of warpgroups, as the copy engine takes it: [token][row], chunks of 16 bytes (8
-      // rows) swizzled.
+      // rows) swizzled. The stage's barrier counts the warps of two warpgroups; one without a partner counts twice, and
+      // one that is alone in the tile counts for every stage.
+      const bool alone = tile.warpgroup != Tile::kEvery;
       for (int i = 0; i < kTile.OutputStages(); ++i) {
-        if (kTile.OutputStages() == 1 || i == warp / 8) {
+        const bool mine = kTile.OutputStages() == 1 || i == warp / 8;
+        if (mine || alone) {
           ptx::WaitBarrier(at.full + 8 * turn.stage, turn.parity);
-          const int token = lane / 16 * 8 + lane % 8;
-          const int chunk = warp % 4 * 2 + lane / 8 % 2;
-          uint32_t y = at.Stage(args, turn.stage) + warp / 4 % 2 * (kTile.tokens * kRowTile * 2) +
-                       token * (kRowTile * 2) + ((chunk ^ token % 8) << 4);
+          if (mine) {
+            const int token = lane / 16 * 8 + lane % 8;
+            const int chunk = warp % 4 * 2 + lane / 8 % 2;
+            uint32_t y = at.Stage(args, turn.stage) + warp / 4 % 2 * (kTile.tokens * kRowTile * 2) +
+                         token * (kRowTile * 2) + ((chunk ^ token % 8) << 4);
 #pragma unroll
-          for (int b = 0; b < kBlocks; b += 2, y += 16 * kRowTile * 2) {
-            ptx::StoreMatrixTransposedX4(y, FloatBits<Float>::RoundPair(sums[b][0], sums[b][1]),
-                                         FloatBits<Float>::RoundPair(sums[b][2], sums[b][3]),
-                                         FloatBits<Float>::RoundPair(sums[b + 1][0], sums[b + 1][1]),
-                                         FloatBits<Float>::RoundPair(sums[b + 1][2], sums[b + 1][3]));
+            for (int b = 0; b < kBlocks; b += 2, y += 16 * kRowTile * 2) {
+              ptx::StoreMatrixTransposedX4(y, FloatBits<Float>::RoundPair(sums[b][0], sums[b][1]),
+                                           FloatBits<Float>::RoundPair(sums[b][2], sums[b][3]),
+                                           FloatBits<Float>::RoundPair(sums[b + 1][0], sums[b + 1][1]),
+                                           FloatBits<Float>::RoundPair(sums[b + 1][2], sums[b + 1][3]));
+            }
+            ptx::FenceCopyEngine();
+            __syncwarp();
           }
-          ptx::FenceCopyEngine();
-          __syncwarp();
-          // The barrier is one for two warpgroups; where there is one, it counts twice.
-          if (lane == 0) ptx::Arrive(at.output + 8 * turn.stage, 2 * i + 1 < kTile.warpgroups ? 1 : 2);
+          if (lane == 0) ptx::Arrive(at.output + 8 * turn.stage, alone || 2 * i + 1 == kTile.warpgroups ? 2 : 1);
         }
         turn.Next(args);
       }
@@ -355,7 +384,6 @@ __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, 
       ptx::StoreCluster(ptx::MapToRank(exchange + (b - owner + at.rank) * kBlockBytes, owner), sums[b]);
     }
     ptx::ClusterMeet();
-    const Tile tile(args, kTile, index);
 #pragma unroll 2
     for (int first = 0; first + at.rank < kBlocks; first += args.split_k) {
       float total[4] = {};
@@ -409,7 +437,7 @@ __global__ void __launch_bounds__(kConfigs[kConfig].Threads(), 1) Kernel(const _
       if (warp == kStoreWarp && ptx::Elected()) StoreOutput<kConfig>(args, at);
     } else {
       // The exchange of sums is a meeting of all threads of a cluster, twice a tile.
-      for (int index = at.cluster; index < args.tiles; index += at.clusters) {
+      for (int task = at.cluster; task < args.tasks; task += at.clusters) {
         ptx::ClusterMeetRelaxed();
         ptx::ClusterMeet();
       }

@@ -100,7 +100,8 @@ Status Launch(const Problem& problem, const Operands& operands, const Plan& plan
   arguments.n = static_cast<int>(problem.n);
   arguments.group_shift = Log2(problem.group_size);
   arguments.inner_k_tiles = static_cast<int>(problem.inner_k_tiles);
-  arguments.tiles = static_cast<int>(plan.tiles_m * plan.tiles_n);
+  arguments.whole_tiles = static_cast<int>(plan.tiles_m * plan.tiles_n) - schedule.divided_tiles;
+  arguments.tasks = arguments.whole_tiles + schedule.divided_tiles * config.warpgroups;
   const int64_t band = std::min<int64_t>(plan.tiles_m, kRaster);
   arguments.bands = static_cast<int>(CeilDiv(plan.tiles_m, band));
   arguments.per_band = Divisor(band * plan.tiles_n);

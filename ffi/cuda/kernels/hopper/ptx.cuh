@@ -21,8 +21,8 @@ __device__ __forceinline__ void ShrinkRegisters() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(kRegisters));
 }
 
-// True for one lane of a warp. Unlike a comparison of the thread's index it tells the compiler that one thread is alone in
-// what follows; otherwise it wraps every copy of a tensor tile in a loop over lanes.
+// True for one lane of a warp. Unlike a comparison of the thread's index it tells the compiler that one thread is alone
+// in what follows; otherwise it wraps every copy of a tensor tile in a loop over lanes.
 __device__ __forceinline__ bool Elected() {
   uint32_t elected;
   asm volatile("{.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, p;}" : "=r"(elected));

@@ -39,6 +39,7 @@ INCLUDES = [
     (r"cpu/", r"core/|cpu/"),
     (r"cuda/handlers\.cc", r"core/|cuda/|handler/|xla/|nanobind/"),
     (r"cuda/(\w+_)?plan\.|cuda/device\.h", r"core/|cuda/(\w+_)?plan\.h$|cuda/device\.h$|cuda/kernels/\w+/config\.h$"),
+    (r"cuda/launch\.h", r"core/|cuda/plan\.h$|cuda/kernels/\w+/launch\.h$"),
     (r"cuda/kernels/\w+/launch\.", r"core/|cuda/kernels/|cuda/plan\.h$"),
     (r"cuda/kernels/", r"core/|cuda/kernels/"),
     (r"tests/", r"core/|cpu/|cuda/|tests/"),

@@ -2,6 +2,6 @@
 
 namespace int4mm::cuda::hopper {
 
-const void* BFloat16Kernel(int config, int groups) { return KernelOf<__nv_bfloat16>(config, groups); }
+const void* BFloat16Kernel(int config, Form form) { return KernelOf<__nv_bfloat16>(config, form); }
 
 }  // namespace int4mm::cuda::hopper

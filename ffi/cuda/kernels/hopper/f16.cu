@@ -2,6 +2,6 @@
 
 namespace int4mm::cuda::hopper {
 
-const void* Float16Kernel(int config, int groups) { return KernelOf<__half>(config, groups); }
+const void* Float16Kernel(int config, Form form) { return KernelOf<__half>(config, form); }
 
 }  // namespace int4mm::cuda::hopper

@@ -63,6 +63,14 @@ struct Arguments {
   int copied_bytes;  // Of a stage.
 };
 
+// What is known of a weight when the kernel is compiled: without branches a step is shorter.
+enum class Form {
+  kOneGroup,  // inner_k_tiles = 8, and a step's scales are those of one group.
+  kGroups,    // inner_k_tiles = 8, and they may be of up to four.
+  kAny,
+};
+inline constexpr int kForms = 3;
+
 constexpr int kRaster = 8;
 // f32 sums of the tensor cores are truncated, an error of one sign. Tiles with registers for a second set of sums add
 // up this many steps from zero and then add in rounded f32.
@@ -209,8 +217,9 @@ __device__ __forceinline__ void StoreOutput(const Arguments& args, const Place& 
 }
 
 // A lane's words of an n-tile in one step, word j of values 32 j and on.
+template <Form kForm>
 __device__ __forceinline__ void LoadWords(uint32_t (&word)[4], uint32_t tile, int lane, int inner_k_tiles) {
-  if (inner_k_tiles == 8) {
+  if (kForm != Form::kAny || inner_k_tiles == 8) {
     ptx::LoadShared(word, tile + lane * 16);
   } else if (inner_k_tiles == 4) {
 #pragma unroll
@@ -236,7 +245,7 @@ __device__ __forceinline__ void StoreSums(const Arguments& args, int first_token
   if (token < args.m && first < args.n) *reinterpret_cast<uint2*>(args.output + token * args.n + first) = rows;
 }
 
-template <typename Float, int kConfig, int kGroups>
+template <typename Float, int kConfig, Form kForm>
 __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, int thread) {
   constexpr Config kTile = kConfigs[kConfig];
   constexpr int kBlocks = kTile.tokens / 8;
@@ -283,7 +292,7 @@ __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, 
       uint32_t word[2][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        LoadWords(word[half], stage + words_offset + half * (kStepK * 4), lane, args.inner_k_tiles);
+        LoadWords<kForm>(word[half], stage + words_offset + half * (kStepK * 4), lane, args.inner_k_tiles);
       }
       if constexpr (kSets == 1) {
         ptx::WgmmaWait<0>();
@@ -296,8 +305,8 @@ __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, 
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
           const int j = batch * kBatch + i;
-          if (j < kGroups) {
-            const uint32_t group = kGroups > 1 ? (32 * j) >> args.group_shift : 0;
+          if (j == 0 || kForm != Form::kOneGroup) {
+            const uint32_t group = (32 * j) >> args.group_shift;
             const uint32_t scales = stage + scales_offset + group * (kTile.Rows() * 4);
             groups[0] = SplitScaleAndZero<Float>(ptx::LoadShared(scales));
             groups[1] = SplitScaleAndZero<Float>(ptx::LoadShared(scales + 8 * 4));
@@ -399,7 +408,7 @@ __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, 
   }
 }
 
-template <typename Float, int kConfig, int kGroups>
+template <typename Float, int kConfig, Form kForm>
 __global__ void __launch_bounds__(kConfigs[kConfig].Threads(), 1) Kernel(const __grid_constant__ Arguments args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   constexpr Config kTile = kConfigs[kConfig];
@@ -445,27 +454,29 @@ __global__ void __launch_bounds__(kConfigs[kConfig].Threads(), 1) Kernel(const _
   } else {
     ptx::GrowRegisters<kTile.MultiplierRegisters()>();
     __syncthreads();
-    Consume<Float, kConfig, kGroups>(args, at, static_cast<int>(threadIdx.x) - 32 * kOtherWarps);
+    Consume<Float, kConfig, kForm>(args, at, static_cast<int>(threadIdx.x) - 32 * kOtherWarps);
   }
 #endif
 }
 
-// The kernels of every tile for one dtype, in the order of kConfigs, for one group a step and for up to four.
+// The kernel of a tile and a form, for one dtype.
 template <typename Float, int... kEvery>
-const void* KernelOf(int config, int groups, std::integer_sequence<int, kEvery...>) {
-  static const std::array<const void*, 2 * sizeof...(kEvery)> kernels = {
-      reinterpret_cast<const void*>(&Kernel<Float, kEvery, 1>)...,
-      reinterpret_cast<const void*>(&Kernel<Float, kEvery, 4>)...};
-  return kernels[(groups == 1 ? 0 : sizeof...(kEvery)) + config];
+const void* KernelOf(int config, Form form, std::integer_sequence<int, kEvery...>) {
+  static const std::array<std::array<const void*, sizeof...(kEvery)>, kForms> kernels = {{
+      {reinterpret_cast<const void*>(&Kernel<Float, kEvery, Form::kOneGroup>)...},
+      {reinterpret_cast<const void*>(&Kernel<Float, kEvery, Form::kGroups>)...},
+      {reinterpret_cast<const void*>(&Kernel<Float, kEvery, Form::kAny>)...},
+  }};
+  return kernels[static_cast<size_t>(form)][config];
 }
 
 template <typename Float>
-const void* KernelOf(int config, int groups) {
-  return KernelOf<Float>(config, groups, std::make_integer_sequence<int, static_cast<int>(kConfigs.size())>());
+const void* KernelOf(int config, Form form) {
+  return KernelOf<Float>(config, form, std::make_integer_sequence<int, static_cast<int>(kConfigs.size())>());
 }
 
 // One translation unit a dtype defines one of these.
-const void* BFloat16Kernel(int config, int groups);
-const void* Float16Kernel(int config, int groups);
+const void* BFloat16Kernel(int config, Form form);
+const void* Float16Kernel(int config, Form form);
 
 }  // namespace int4mm::cuda::hopper

@@ -75,7 +75,7 @@ int Log2(int64_t power_of_two) {
 bool IsCompiled() { return INT4MM_HAS_SM_90A_CODE != 0; }
 
 Status Launch(const Problem& problem, const Operands& operands, const Plan& plan, cudaStream_t stream) {
-  static std::array<SharedMemoryLimit, 4 * kConfigs.size()> limits;
+  static std::array<std::array<SharedMemoryLimit, kForms * kConfigs.size()>, 2> limits;  // Of each dtype.
   const Config& config = kConfigs[plan.config];
   const Schedule& schedule = plan.hopper;
   const int groups = GroupsPerStep(problem.group_size);
@@ -115,8 +115,10 @@ Status Launch(const Problem& problem, const Operands& operands, const Plan& plan
   arguments.stages = schedule.stages;
   arguments.stage_bytes = config.StageBytes(groups);
   arguments.copied_bytes = config.CopiedBytes(groups);
-  const void* const kernel = float16 ? Float16Kernel(plan.config, groups) : BFloat16Kernel(plan.config, groups);
-  return LaunchKernel("the launch of the Hopper kernel", kernel, limits[4 * plan.config + 2 * (groups > 1) + float16],
+  const Form form = problem.inner_k_tiles != 8 ? Form::kAny : groups > 1 ? Form::kGroups : Form::kOneGroup;
+  const void* const kernel = float16 ? Float16Kernel(plan.config, form) : BFloat16Kernel(plan.config, form);
+  SharedMemoryLimit& limit = limits[float16][kForms * plan.config + static_cast<int>(form)];
+  return LaunchKernel("the launch of the Hopper kernel", kernel, limit,
                       dim3(static_cast<unsigned>(schedule.clusters * schedule.split_k)), config.Threads(),
                       schedule.shared_bytes, &arguments, stream, schedule.split_k);
 }

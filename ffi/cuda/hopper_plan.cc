@@ -17,7 +17,7 @@ using hopper::Schedule;
 constexpr int64_t kMostTiles = int64_t{1} << 30;   // Their indices, and one stride more, fit 32 bits.
 constexpr int64_t kMostTokens = int64_t{1} << 30;  // Copies address rows of x and y in 32 bits.
 // Values of k that a CTA may sum in one chain: the tensor cores truncate where they add, and the error grows with the
-// chain. This much has been compared with float64.
+// chain. One of 14336 was compared with float64 and near enough, one of 65536 was not.
 constexpr int64_t kLongestChain = 16384;
 
 // Microseconds of a step of 128 values of k in each tile of kConfigs, with one group a step and with two or four,

@@ -36,11 +36,10 @@ struct Config {
   constexpr int OtherRegisters() const { return warpgroups == 2 ? 40 : 32; }
   // Whether a thread has registers for a second set of sums.
   constexpr bool Stretches() const { return tokens <= (warpgroups == 2 ? 128 : warpgroups == 3 ? 96 : 64); }
-  // What CTAs that share a tile send to one: f32 sums of blocks of 8 tokens. It owns every split_k-th block, and has a
-  // place for each of the split_k CTAs.
-  constexpr int ExchangeBytes(int split_k) const {
-    return CeilDiv(tokens / 8, split_k) * split_k * 128 * warpgroups * 16;
-  }
+  // CTAs that share a tile send each other f32 sums, of blocks of 8 tokens. Each owns every split_k-th block, and has a
+  // place for that of each of the split_k CTAs.
+  constexpr int SumsBytes() const { return 128 * warpgroups * 16; }
+  constexpr int ExchangeBytes(int split_k) const { return CeilDiv(tokens / 8, split_k) * split_k * SumsBytes(); }
 };
 
 // How one call is spread over the GPU, decided by the plan. `split_k` CTAs, a cluster, share a tile: each sums its part

@@ -115,7 +115,7 @@ struct Place {
   // Barriers of the stages:
   uint32_t full;    // copied, or given to the output,
   uint32_t empty;   // multiplied, or stored,
-  uint32_t output;  // filled with output.
+  uint32_t output;  // filled with output; where k is divided, of blocks of sums: they have come from all other CTAs.
 
   __device__ __forceinline__ Place(const Arguments& args, uint32_t shared) {
     // From blockIdx, not the registers of clusters: the compiler knows that all threads agree on it.
@@ -230,6 +230,22 @@ __device__ __forceinline__ void LoadWords(uint32_t (&word)[4], uint32_t tile, in
   }
 }
 
+// Where k is divided, a CTA adds up so many of its blocks of 8 tokens at a time, and others are on their way meanwhile.
+constexpr int kBlocksAtOnce = 4;
+static_assert(CeilDiv(CeilDiv(256 / 8, 2), kBlocksAtOnce) <= kMostStages, "each has a barrier");
+
+// What the other CTAs of the cluster will send.
+template <int kConfig>
+__device__ __forceinline__ void ExpectSums(const Arguments& args, const Place& at) {
+  constexpr Config kTile = kConfigs[kConfig];
+  const int blocks = (kTile.tokens / 8 - at.rank + args.split_k - 1) >> args.split_shift;
+  for (int i = 0; kBlocksAtOnce * i < blocks; ++i) {
+    ptx::InitBarrier(at.output + 8 * i, 1);
+    ptx::ExpectBytes(at.output + 8 * i,
+                     (args.split_k - 1) * min(kBlocksAtOnce, blocks - kBlocksAtOnce * i) * kTile.SumsBytes());
+  }
+}
+
 // Stores a warp's 16 rows by 8 tokens. They are transposed, so that four lanes hold the 16 rows of a token.
 template <typename Float>
 __device__ __forceinline__ void StoreSums(const Arguments& args, int first_token, int row, int lane,
@@ -243,6 +259,54 @@ __device__ __forceinline__ void StoreSums(const Arguments& args, int first_token
   const int64_t token = first_token + lane / 4;
   const int first = row + (odd ? 6 : 0) + lane % 4 * 2;
   if (token < args.m && first < args.n) *reinterpret_cast<uint2*>(args.output + token * args.n + first) = rows;
+}
+
+// Adds up the sums of the CTAs of a cluster. Block b of 8 tokens is added up by the CTA of rank b % split_k, in the
+// order of k. The others send it theirs, into its ring, which nobody reads any more; a thread's come from the threads
+// of its own index.
+template <typename Float, int kConfig>
+__device__ __forceinline__ void AddUp(const Arguments& args, const Place& at, const Tile& tile, int thread,
+                                      const float (&sums)[kConfigs[kConfig].tokens / 8][4]) {
+  constexpr Config kTile = kConfigs[kConfig];
+  constexpr int kBlocks = kTile.tokens / 8;
+  const uint32_t exchange = at.ring + thread * 16;
+  ptx::ClusterMeet();
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+    const int owner = b & (args.split_k - 1);
+    const uint32_t to = exchange + (b - owner + at.rank) * kTile.SumsBytes();
+    if (owner == at.rank) {
+      ptx::StoreShared4(to, sums[b]);
+    } else {
+      const uint32_t barrier = at.output + 8 * ((b >> args.split_shift) / kBlocksAtOnce);
+      ptx::StoreToRank(ptx::MapToRank(to, owner), sums[b], ptx::MapToRank(barrier, owner));
+    }
+  }
+  const int row = tile.first_row + thread / 32 * 16;
+  const int last = (kBlocks - 1) & ~(args.split_k - 1);
+  // A loop, since code that runs once is fetched cold.
+#pragma unroll 1
+  for (int i = 0; at.rank + (kBlocksAtOnce * i << args.split_shift) < kBlocks; ++i) {
+    ptx::WaitBarrierOfCluster(at.output + 8 * i, 0);
+    float total[kBlocksAtOnce][4] = {};
+    for (int rank = 0; rank < args.split_k; ++rank) {
+      // All loads before all stores: the compiler keeps their order.
+#pragma unroll
+      for (int j = 0; j < kBlocksAtOnce; ++j) {
+        const int first = min((kBlocksAtOnce * i + j) << args.split_shift, last);
+        const float4 part = ptx::LoadShared4(exchange + (first + rank) * kTile.SumsBytes());
+        total[j][0] += part.x;
+        total[j][1] += part.y;
+        total[j][2] += part.z;
+        total[j][3] += part.w;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kBlocksAtOnce; ++j) {
+      const int block = at.rank + ((kBlocksAtOnce * i + j) << args.split_shift);
+      if (block < kBlocks) StoreSums<Float>(args, tile.first_token + 8 * block, row, thread % 32, total[j]);
+    }
+  }
 }
 
 template <typename Float, int kConfig, Form kForm>
@@ -382,29 +446,7 @@ __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, 
       continue;
     }
 
-    // Block b of 8 tokens is added up by the CTA of rank b % split_k, in the order of k; all send it theirs, into its
-    // ring, which nobody reads any more. What follows is a loop, since code that runs once is fetched cold.
-    ptx::ClusterMeetRelaxed();
-    constexpr uint32_t kBlockBytes = 128 * kTile.warpgroups * 16;
-    const uint32_t exchange = at.ring + thread * 16;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      const int owner = b & (args.split_k - 1);
-      ptx::StoreCluster(ptx::MapToRank(exchange + (b - owner + at.rank) * kBlockBytes, owner), sums[b]);
-    }
-    ptx::ClusterMeet();
-#pragma unroll 2
-    for (int first = 0; first + at.rank < kBlocks; first += args.split_k) {
-      float total[4] = {};
-      for (int rank = 0; rank < args.split_k; ++rank) {
-        const float4 part = ptx::LoadShared4(exchange + (first + rank) * kBlockBytes);
-        total[0] += part.x;
-        total[1] += part.y;
-        total[2] += part.z;
-        total[3] += part.w;
-      }
-      StoreSums<Float>(args, tile.first_token + 8 * (first + at.rank), tile.first_row + first_row, lane, total);
-    }
+    AddUp<Float, kConfig>(args, at, tile, thread, sums);
   }
 }
 
@@ -432,8 +474,9 @@ __global__ void __launch_bounds__(kConfigs[kConfig].Threads(), 1) Kernel(const _
     } else if (warp == kStoreWarp && ptx::Elected()) {
       for (int i = 0; i < args.stages; ++i) {
         ptx::InitBarrier(at.empty + 8 * i, 4 * kTile.warpgroups);
-        ptx::InitBarrier(at.output + 8 * i, 8);
+        if (args.split_k == 1) ptx::InitBarrier(at.output + 8 * i, 8);
       }
+      if (args.split_k > 1) ExpectSums<kConfig>(args, at);
       ptx::FenceBarrierInit();
     } else if (warp == kPrefetchWarp && ptx::Elected()) {
       ptx::PrefetchTensorMap(&args.packed);
@@ -445,11 +488,8 @@ __global__ void __launch_bounds__(kConfigs[kConfig].Threads(), 1) Kernel(const _
     if (args.split_k == 1) {
       if (warp == kStoreWarp && ptx::Elected()) StoreOutput<kConfig>(args, at);
     } else {
-      // The exchange of sums is a meeting of all threads of a cluster, twice a tile.
-      for (int task = at.cluster; task < args.tasks; task += at.clusters) {
-        ptx::ClusterMeetRelaxed();
-        ptx::ClusterMeet();
-      }
+      // Before sums are exchanged, all threads of a cluster meet.
+      ptx::ClusterMeet();
     }
   } else {
     ptx::GrowRegisters<kTile.MultiplierRegisters()>();

@@ -66,6 +66,18 @@ __device__ __forceinline__ void WaitBarrier(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// The same where other CTAs of the cluster have stored.
+__device__ __forceinline__ void WaitBarrierOfCluster(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{.reg .pred p;\n"
+      "wait:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+      "@!p bra wait;}"
+      :
+      : "r"(barrier), "r"(parity)
+      : "memory");
+}
+
 __device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory");
 }
@@ -96,13 +108,9 @@ __device__ __forceinline__ void WaitStoresRead() {
 // What this thread wrote to shared memory becomes visible to the copy engine.
 __device__ __forceinline__ void FenceCopyEngine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// All threads of all CTAs of a cluster meet; what they wrote to each other's shared memory is visible afterwards.
+// All threads of all CTAs of a cluster meet. What they wrote before need not be visible afterwards, but for barriers
+// that were initialised.
 __device__ __forceinline__ void ClusterMeet() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// The same where nothing was written.
-__device__ __forceinline__ void ClusterMeetRelaxed() {
   asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 }
 
@@ -113,10 +121,18 @@ __device__ __forceinline__ uint32_t MapToRank(uint32_t shared_address, int rank)
   return mapped;
 }
 
-__device__ __forceinline__ void StoreCluster(uint32_t mapped_address, const float (&d)[4]) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
+// To another CTA of the cluster, where 16 bytes are taken off what the barrier expects. Both addresses are mapped.
+__device__ __forceinline__ void StoreToRank(uint32_t mapped_address, const float (&d)[4], uint32_t mapped_barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
                :
-               : "r"(mapped_address), "f"(d[0]), "f"(d[1]), "f"(d[2]), "f"(d[3])
+               : "r"(mapped_address), "f"(d[0]), "f"(d[1]), "f"(d[2]), "f"(d[3]), "r"(mapped_barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void StoreShared4(uint32_t shared_address, const float (&d)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(shared_address), "f"(d[0]), "f"(d[1]), "f"(d[2]), "f"(d[3])
                : "memory");
 }
 

@@ -21,10 +21,13 @@ from scipy.optimize import least_squares
 
 SM_COUNT = 132
 STEP_K = 128
+ROWS_OF_A_WARPGROUP = 64
 # CTAs that find room at the same time in clusters of so many (MostClusters in hopper_plan.cc).
 MOST_CTAS = {1: SM_COUNT, 2: SM_COUNT, 4: 112, 8: 96}
+# Multiplications. Longer products were timed on a chip that slows down for its power, tiles that keep it busy the most.
+MOST_WORK = 3e10
 # The parameters that are no step times, in the order of the fitted vector.
-SHARED = ("start", "kPerTile", "kPerTileToken", "kSplit", "kPerSplitToken", "kPerSplit", "kBusy")
+SHARED = ("start", "kPerTile", "kPerTileToken", "kSplit", "kPerSplitToken", "kPerOwnedToken", "kBusy", "kAlone")
 
 Tile = tuple[int, int]  # Rows of w, tokens.
 
@@ -51,7 +54,7 @@ class Timed:
 
 
 def read_timed(path: pathlib.Path) -> list[Timed]:
-    """The lines of a table that name a tile which the plan could take."""
+    """The lines of a table that name a tile which the plan could take, of products that are not too long."""
     found = []
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -61,7 +64,8 @@ def read_timed(path: pathlib.Path) -> list[Timed]:
             n, k, group_size, m = (int(row[name]) for name in ("n", "k", "group_size", "m"))
             tile = int(named[1]), int(named[2])
             timed = Timed((n, k, group_size, m), tile, int(row["split_k"]), float(row["us"]))
-            if timed.split_k == 1 or timed.tiles * timed.split_k <= MOST_CTAS[timed.split_k]:
+            room = timed.split_k == 1 or timed.tiles * timed.split_k <= MOST_CTAS[timed.split_k]
+            if room and n * k * m <= MOST_WORK:
                 found.append(timed)
     return found
 
@@ -73,11 +77,20 @@ class Model:
         """Everything that does not depend on the parameters."""
         self.names = sorted({t.tile for t in timed})
         self.us = np.array([t.us for t in timed])
+        fastest: dict[tuple[int, int, int, int], float] = {}
+        for t in timed:
+            fastest[t.problem] = min(t.us, fastest.get(t.problem, t.us))
+        self.fastest = np.array([fastest[t.problem] for t in timed])
         self.split = np.array([t.split_k for t in timed])
         self.tokens = np.array([t.tile[0] * t.tile[1] / 128 for t in timed])
         ctas = np.array([t.tiles for t in timed]) * self.split
         self.busy = np.minimum(ctas, SM_COUNT) / SM_COUNT - 0.9
-        self.waves = np.where(self.split > 1, 1, -(-ctas // SM_COUNT))
+        # Tiles left for a last wave that warpgroups find room for one by one are divided among them.
+        warpgroups = np.array([t.tile[0] // ROWS_OF_A_WARPGROUP for t in timed])
+        left = ctas % SM_COUNT
+        divided = (self.split == 1) & (ctas > SM_COUNT) & (left > 0) & (left * warpgroups <= SM_COUNT)
+        self.waves = np.where(self.split > 1, 1, -(-ctas // SM_COUNT)) - divided
+        self.divided = divided / warpgroups
         self.steps = np.array([ceil_div(ceil_div(t.problem[1], STEP_K), t.split_k) for t in timed])
         groups = np.array([t.problem[2] < STEP_K for t in timed])
         self.column = len(SHARED) + 2 * np.array([self.names.index(t.tile) for t in timed]) + groups
@@ -85,16 +98,20 @@ class Model:
     def estimate(self, p: np.ndarray) -> np.ndarray:
         """Microseconds."""
         step = p[self.column] * (1 + p[6] * self.busy)
-        split = np.where(self.split > 1, p[3] + p[4] * self.tokens + p[5] * np.log2(self.split), 0)
-        return p[0] + self.waves * (self.steps * step + p[1] + p[2] * self.tokens) + split
+        split = np.where(self.split > 1, p[3] + (p[4] + p[5] / self.split) * self.tokens, 0)
+        waves = self.waves + p[7] * self.divided
+        return p[0] + waves * (self.steps * step + p[1] + p[2] * self.tokens) + split
 
     def fit(self) -> np.ndarray:
-        """The parameters, SHARED and then two step times for each tile; relative errors count, outliers less."""
+        """The parameters, SHARED and then two step times for each tile.
+
+        Relative errors count, outliers less, and the nearer to the fastest of its problem a time is the more.
+        """
         step_times = [t for rows, tokens in self.names for t in (max(0.4, tokens * rows / 128 * 8 / 1750),) * 2]
-        start = np.array([3, 0.2, 0.002, 1, 0.005, 0.2, 0, *step_times])
+        start = np.array([3, 0.2, 0.002, 1, 0.005, 0, 0, 1.1, *step_times])
 
         def errors(p: np.ndarray) -> np.ndarray:
-            return np.log(np.maximum(self.estimate(p), 0.1)) - np.log(self.us)
+            return (np.log(np.maximum(self.estimate(p), 0.1)) - np.log(self.us)) * (self.fastest / self.us) ** 3
 
         return least_squares(errors, start, loss="soft_l1", f_scale=0.05).x
 

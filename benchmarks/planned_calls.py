@@ -71,7 +71,15 @@ def build(folder: pathlib.Path, architecture: str = "90a") -> pathlib.Path:
     if nvcc is None:
         raise RuntimeError("there is no nvcc in CUDACXX, CUDA_HOME, PATH or the nvidia-cuda-nvcc wheel")
     folder.mkdir(parents=True, exist_ok=True)
-    options = ["-std=c++17", "-O3", "-w", "--expt-relaxed-constexpr", "--threads=0", "--shared", "-Xcompiler=-fPIC"]
+    options = [
+        "-std=c++17",
+        "-O3",
+        "-w",
+        "--expt-relaxed-constexpr",
+        "--threads=0",
+        "--shared",
+        "-Xcompiler=-fPIC,-fno-gnu-unique",
+    ]
     options += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}", f"-I{FFI}"]
     options += [f"-DINT4MM_HAS_SM_90A_CODE={int(architecture == '90a')}", f"-L{nvcc.resolve().parents[1] / 'lib'}"]
     done = subprocess.run([nvcc, *options, *sources, "-o", library], capture_output=True, text=True, check=False)

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <limits>
 
 #include "core/ceil_div.h"
@@ -28,30 +27,30 @@ struct StepTime {
   double more_groups;
 };
 constexpr std::array<StepTime, kConfigs.size()> kStepTimes = {{
-    {0.412, 0.475},  // 128 x 16
-    {0.428, 0.490},  // 128 x 32
-    {0.746, 0.843},  // 256 x 32
-    {0.452, 0.513},  // 128 x 48
-    {0.485, 0.549},  // 128 x 64
-    {0.674, 0.757},  // 192 x 64
-    {0.935, 1.044},  // 256 x 64
-    {0.548, 0.607},  // 128 x 80
-    {0.588, 0.660},  // 128 x 96
-    {0.816, 0.954},  // 192 x 96
-    {0.636, 0.714},  // 128 x 112
-    {0.885, 0.972},  // 192 x 112
-    {0.691, 0.759},  // 128 x 128
-    {0.991, 1.050},  // 192 x 128
-    {0.793, 0.801},  // 128 x 144
-    {0.863, 0.872},  // 128 x 160
-    {1.210, 1.219},  // 192 x 160
-    {0.904, 0.941},  // 128 x 176
-    {0.985, 1.011},  // 128 x 192
-    {1.454, 1.465},  // 192 x 192
-    {1.066, 1.074},  // 128 x 208
-    {1.148, 1.154},  // 128 x 224
-    {1.234, 1.240},  // 128 x 240
-    {1.310, 1.316},  // 128 x 256
+    {0.360, 0.380},  // 128 x 16
+    {0.386, 0.419},  // 128 x 32
+    {0.709, 0.778},  // 256 x 32
+    {0.419, 0.457},  // 128 x 48
+    {0.469, 0.501},  // 128 x 64
+    {0.648, 0.703},  // 192 x 64
+    {0.839, 0.922},  // 256 x 64
+    {0.524, 0.566},  // 128 x 80
+    {0.579, 0.614},  // 128 x 96
+    {0.773, 0.834},  // 192 x 96
+    {0.615, 0.671},  // 128 x 112
+    {0.858, 0.926},  // 192 x 112
+    {0.671, 0.718},  // 128 x 128
+    {0.959, 1.013},  // 192 x 128
+    {0.718, 0.746},  // 128 x 144
+    {0.800, 0.810},  // 128 x 160
+    {1.208, 1.212},  // 192 x 160
+    {0.883, 0.889},  // 128 x 176
+    {0.969, 0.973},  // 128 x 192
+    {1.460, 1.466},  // 192 x 192
+    {1.056, 1.060},  // 128 x 208
+    {1.138, 1.133},  // 128 x 224
+    {1.213, 1.216},  // 128 x 240
+    {1.283, 1.284},  // 128 x 256
 }};
 
 // Clusters that find room at the same time: one lies within a group of 16 or 18 SMs, and not all groups are whole.
@@ -65,14 +64,14 @@ int64_t MostSteps(const Problem& p, int split_k) { return CeilDiv(CeilDiv(p.k, h
 
 // Estimated microseconds of a call, but for what all schedules have in common.
 double Cost(const Problem& p, const DeviceDescription& device, const HopperPlan& plan) {
-  constexpr double kPerTile = -0.0909;       // Its start and its output.
-  constexpr double kPerTileToken = 0.0044;   // Wide tiles hide more of both.
-  constexpr double kSplit = 0.5109;          // Two meetings of a cluster,
-  constexpr double kPerSplitToken = 0.0111;  // the exchange of sums,
-  constexpr double kPerSplit = 0.2446;       // and the addition of log2(split_k) of them.
-  constexpr double kBusy = 0.1549;           // All SMs at work are slower than one: power, and the rate of the L2.
+  constexpr double kPerTile = -0.2906;        // Its start and its output,
+  constexpr double kPerTileToken = 0.0054;    // which grows with the tile.
+  constexpr double kSplit = 0.7138;           // A meeting of a cluster;
+  constexpr double kPerSplitToken = 0.0202;   // sums of all tokens are sent,
+  constexpr double kPerOwnedToken = -0.0308;  // but not those of tokens that the CTA itself adds up.
+  constexpr double kBusy = 0.1264;            // All SMs at work are slower than one: power, and the rate of the L2.
   constexpr double kUsuallyBusy = 0.9;
-  constexpr double kAlone = 1.1;  // A warpgroup alone in a CTA takes longer than in turn with others.
+  constexpr double kAlone = 1.3454;  // A warpgroup alone in a CTA: the CTA copies as much, for less work.
   const Config& c = kConfigs[plan.config];
   const int split_k = plan.schedule.split_k;
   const int64_t tiles = plan.tiles_m * plan.tiles_n;
@@ -82,10 +81,10 @@ double Cost(const Problem& p, const DeviceDescription& device, const HopperPlan&
   const double tokens = c.tokens * c.Rows() / 128.0;
   const double steps = static_cast<double>(MostSteps(p, split_k));
   const int64_t divided = plan.schedule.divided_tiles;
-  const double waves =
-      static_cast<double>(CeilDiv(tiles - divided, plan.schedule.clusters)) + (divided > 0 ? kAlone / c.warpgroups : 0);
+  double waves = static_cast<double>(CeilDiv(tiles - divided, plan.schedule.clusters));
+  if (divided > 0) waves += kAlone / c.warpgroups;
   double cost = waves * (steps * step * (1 + kBusy * (busy - kUsuallyBusy)) + kPerTile + kPerTileToken * tokens);
-  if (split_k > 1) cost += kSplit + kPerSplitToken * tokens + kPerSplit * std::log2(split_k);
+  if (split_k > 1) cost += kSplit + (kPerSplitToken + kPerOwnedToken / split_k) * tokens;
   return cost;
 }
 

@@ -40,17 +40,18 @@ def test_the_plan_has_the_fitted_numbers(timed: list[Timed]) -> None:
 def test_it_chooses_nearly_the_fastest_tile(timed: list[Timed]) -> None:
     model = Model(timed)
     regrets = fit_hopper_plan.regrets(timed, model.estimate(model.fit()))
-    assert len(regrets) == 360
+    assert len(regrets) == 114
     assert np.mean(regrets) < 1.005
     assert max(regrets) < 1.1
 
 
-def test_other_lines_and_clusters_without_room_are_left_out(tmp_path: pathlib.Path) -> None:
+def test_other_lines_clusters_without_room_and_long_products_are_left_out(tmp_path: pathlib.Path) -> None:
     table = tmp_path / "table.csv"
     table.write_text(
         "n,k,group_size,m,implementation,split_k,us\n"
         "4096,4096,128,64,cuBLAS,,12\n"
         "4096,4096,128,64,hopper/128x64,2,11\n"
         "4096,4096,128,64,hopper/128x64,4,19\n"  # 32 tiles by 4 are 128 CTAs.
+        "4096,4096,128,2048,hopper/128x256,1,94\n"  # Long enough for the chip to slow down.
     )
     assert fit_hopper_plan.read_timed(table) == [Timed((4096, 4096, 128, 64), (128, 64), 2, 11.0)]

@@ -65,8 +65,23 @@ def test_a_last_wave_of_few_tiles(tile: str, dtype: np.dtype, rng: np.random.Gen
     # Three tiles more than there are multiprocessors: the kernel divides those by rows.
     kernel = Kernel("cuda", tile)
     rows, tokens = map(int, tile.removeprefix("hopper/").split("x"))
-    weight = cases.random_weight(rng, rows * (kernel.device.core_count + 3) - 72, 640, 32, 8, dtype)
-    assert_right(kernel, [cases.random_x(rng, (tokens - 3, 640), dtype)], weight, kernel.device)
+    weight = cases.random_weight(rng, rows * (kernel.device.core_count + 3) - 72, 384, 32, 8, dtype)
+    assert_right(kernel, [cases.random_x(rng, (tokens - 3, 384), dtype)], weight, kernel.device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize(("split_k", "tiles"), [(8, 2), (4, 13), (2, 29)])
+@pytest.mark.parametrize("tile", [name for name in CUDA_IMPLEMENTATIONS if name.startswith("hopper/")])
+def test_ctas_that_divide_k(tile: str, split_k: int, tiles: int, dtype: np.dtype, rng: np.random.Generator) -> None:
+    # Nine steps of 128, so that one CTA has a step more; more tiles than clusters of so many CTAs find room.
+    kernel = Kernel("cuda", tile)
+    rows, tokens = map(int, tile.removeprefix("hopper/").split("x"))
+    weight = cases.random_weight(rng, rows * tiles - 40, 1152, 128, 8, dtype)
+    xs = [cases.random_x(rng, (m, weight.k), dtype) for m in (tokens, tokens - 5)]
+    explanation = i4.explain(xs[0].shape, int4_weight(weight), kernel.device, tile)
+    assert f"each by {split_k} CTAs that divide k" in explanation.reason
+    assert_right(kernel, xs, weight, kernel.device)
 
 
 @FORMATS

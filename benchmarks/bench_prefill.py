@@ -59,6 +59,7 @@ ROWS_CHECKED = 64
 LARGEST_ERROR = 5e-3  # Relative, of a product of bfloat16 rounded once to bfloat16.
 WORK_OF_A_GRAPH = 1e12  # Multiplications, but FEWEST_CALLS at least.
 FEWEST_CALLS = 3
+PAUSE = 1.0  # Seconds before each layer: its few tokens follow many of another, which leave the chip's clocks low.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,6 +316,8 @@ def main() -> None:
     lines: list[str] = []
     for (n, k, group_size), its_ms in problems(arguments.shape, ms, arguments.group_size, voxtral=arguments.voxtral):
         weights = Weights(n, k, group_size)
+        torch.cuda.synchronize()
+        time.sleep(PAUSE)
         for m in its_ms:
             problem = Problem(m, n, k, group_size)
             ways = planned_calls.plan(library, problem, device, every=arguments.every_tile)

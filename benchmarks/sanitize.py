@@ -17,8 +17,8 @@ import subprocess
 import sys
 
 TESTS = "tests/ops/test_int4pack_mm.py"
-# Every kernel by name, and a Hopper tile whose last tiles are divided by rows. memcheck takes ragged n and long sums too;
-# the slower tools take four of the golden cases.
+# Every kernel by name, and a Hopper tile whose last tiles are divided by rows. memcheck takes ragged n and long sums
+# too; the slower tools take four of the golden cases.
 DIVIDED = "test_a_last_wave_of_few_tiles and 128x48 and bfloat16"
 WIDE = f"not reference and (test_golden_cases or test_every_n_and_long_sums or ({DIVIDED}))"
 FOUR = "n24_k640 or n128_k512 or n32_k256 or n128_k768"

@@ -54,9 +54,12 @@ class Int4Weight:
     __array_ufunc__ = None
 
     def __post_init__(self) -> None:
-        # Transformations rebuild the pytree around tracers, shapes, shardings and placeholders: none is checked.
+        # Transformations rebuild the pytree around tracers, shapes, shardings, placeholders and the float0 tangents of
+        # integers: none is checked.
         leaves = [self.packed, self.scales_and_zeros] + ([] if self.perm is None else [self.perm])
         if any(isinstance(x, jax.core.Tracer) or not isinstance(x, (jax.Array, np.ndarray)) for x in leaves):
+            return
+        if self.packed.dtype == jax.dtypes.float0:
             return
         check_group_size("Int4Weight", self.group_size)
         stacked = self.packed.shape[:-4]

@@ -17,6 +17,7 @@ from kernels import CPU_IMPLEMENTATIONS, CUDA_IMPLEMENTATIONS, Kernel
 
 SEED_VARIABLE = "JAX_INT4MM_TEST_SEED"
 REQUIRE_GPU_VARIABLE = "JAX_INT4MM_REQUIRE_GPU"
+CPU_DEVICES = 8
 
 
 def why_no_gpu() -> str | None:
@@ -33,6 +34,8 @@ def why_no_gpu() -> str | None:
 def pytest_configure() -> None:
     # In the environment, so that the workers of pytest-xdist, which start later, take it over.
     os.environ.setdefault(SEED_VARIABLE, str(secrets.randbelow(2**32)))
+    # Several, for meshes; the others run on the first.
+    jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
 
 
 def pytest_report_header() -> list[str]:
@@ -61,6 +64,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.environ.get(REQUIRE_GPU_VARIABLE) == "1":
         pytest.fail(f"{REQUIRE_GPU_VARIABLE}=1 and {reason}", pytrace=False)
     pytest.skip(reason)
+
+
+@pytest.fixture
+def cpu_devices() -> list[jax.Device]:
+    """Devices of one process that stand for those of a mesh."""
+    return jax.devices("cpu")
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_int4mm.layout import unpacked_shape
 from jax_int4mm.ops import _ffi
+from jax_int4mm.ops.dequantize import stack_rows
 from jax_int4mm.ops.reference import int4pack_mm_dequantized, int4pack_mm_reference
 
 REFERENCE = "reference"
@@ -36,7 +38,9 @@ def _abstract_eval(
     # The public op has checked the arguments as the user gave them; the handlers check the buffers again.
     del scales_and_zeros, group_size, implementation
     n, _, _ = unpacked_shape(packed.shape)
-    return jax.core.ShapedArray((x.shape[0], n), x.dtype)
+    sharding = NamedSharding(x.sharding.mesh, PartitionSpec(x.sharding.spec[0], None))
+    # Updated, not made anew: inside shard_map y varies over the mesh axes over which x does.
+    return x.update(shape=(x.shape[0], n), weak_type=False, sharding=sharding)
 
 
 int4pack_mm_p.def_abstract_eval(_abstract_eval)
@@ -102,16 +106,24 @@ mlir.register_lowering(int4pack_mm_p, _lower_to_xla)
 
 
 def _batch(
-    operands: tuple[Any, Any, Any], axes: tuple[int | None, ...], *, group_size: int, implementation: str | None
+    operands: tuple[Any, Any, Any],
+    axes: tuple[int | None, int | None, int | None],
+    *,
+    group_size: int,
+    implementation: str | None,
 ) -> tuple[jax.Array, int]:
     bind = functools.partial(int4pack_mm_p.bind, group_size=group_size, implementation=implementation)
-    x_axis, *weight_axes = axes
-    if x_axis is not None and all(axis is None for axis in weight_axes):
+    x_axis, packed_axis, scales_axis = axes
+    if x_axis is not None and packed_axis is None and scales_axis is None:
         # One weight for the whole batch: the batch is more rows of x.
         x = jnp.moveaxis(operands[0], x_axis, 0)
         y = bind(x.reshape(-1, x.shape[-1]), *operands[1:])
         return y.reshape(*x.shape[:-1], y.shape[-1]), 0
     size = next(o.shape[a] for o, a in zip(operands, axes, strict=True) if a is not None)
+    if x_axis is None:
+        # One x for all weights: they are one weight with more rows.
+        y = bind(operands[0], *stack_rows(size, *operands[1:], (packed_axis, scales_axis)))
+        return y.reshape(len(y), size, -1), 1
     stacked = [
         jnp.broadcast_to(o, (size, *o.shape)) if a is None else jnp.moveaxis(o, a, 0)
         for o, a in zip(operands, axes, strict=True)

@@ -1,15 +1,23 @@
-"""Packed words, scales and zeros back to a dense weight, with the one rounding that the kernels use."""
+"""Packed words, scales and zeros back to a dense weight, with the one rounding that the kernels use.
+
+A primitive, since its derivative is not that of the bit operations which round it.
+"""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from jax_int4mm.layout import as_array, unpack_int4
+from jax_int4mm.layout import as_array, unpack_int4, unpacked_shape
 from jax_int4mm.ops import validation
+from jax_int4mm.ops._sharding import varying_alike
 
 
 def dequantize(packed: ArrayLike, scales_and_zeros: ArrayLike, group_size: int = 128) -> jax.Array:
@@ -17,7 +25,8 @@ def dequantize(packed: ArrayLike, scales_and_zeros: ArrayLike, group_size: int =
 
     w = round((q - 8) * scale + zero), rounded once from the exact value to the dtype of ``scales_and_zeros``: the
     arithmetic of PyTorch's CUDA ``_weight_int4pack_mm``. One exception: XLA's CPU backend takes bfloat16 subnormals
-    (below 1.2e-38) for zeros, and the kernels do not.
+    (below 1.2e-38) for zeros, and the kernels do not. The derivative with respect to ``scales_and_zeros`` is that of
+    the formula without its rounding.
 
     Args:
       packed: int32 ``[n/8, k/(16*inner_k_tiles), 32, inner_k_tiles/2]``.
@@ -41,6 +50,33 @@ def dequantize(packed: ArrayLike, scales_and_zeros: ArrayLike, group_size: int =
 @functools.partial(jax.jit, static_argnames="group_size")
 def dequantize_rows(packed: jax.Array, scales_and_zeros: jax.Array, group_size: int) -> jax.Array:
     """:func:`dequantize` without its checks, for callers that have made them."""
+    return _dequantize_p.bind(*varying_alike(packed, scales_and_zeros), group_size=group_size)
+
+
+def transposed_dequantize(w: jax.Array, packed: jax.Array, group_size: int) -> jax.Array:
+    """The transpose of dequantisation, which is linear in scales_and_zeros: w [n, k] -> [k/group_size, n, 2] in f32."""
+    n, k, _ = unpacked_shape(packed.shape)
+    grouped = w.astype(jnp.float32).reshape(n, k // group_size, group_size)
+    centred = unpack_int4(packed).astype(jnp.float32).reshape(grouped.shape) - 8
+    return jnp.stack([(grouped * centred).sum(-1).T, grouped.sum(-1).T], axis=-1)
+
+
+# packed, scales_and_zeros -> w [n, k]; parameter group_size: int.
+_dequantize_p = Primitive("int4_dequantize")
+
+
+@_dequantize_p.def_abstract_eval
+def _abstract_eval(
+    packed: jax.core.ShapedArray, scales_and_zeros: jax.core.ShapedArray, *, group_size: int
+) -> jax.core.ShapedArray:
+    del group_size
+    n, k, _ = unpacked_shape(packed.shape)
+    sharding = scales_and_zeros.sharding
+    sharding = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[1], None))
+    return scales_and_zeros.update(shape=(n, k), weak_type=False, sharding=sharding)
+
+
+def _dequantize(packed: jax.Array, scales_and_zeros: jax.Array, *, group_size: int) -> jax.Array:
     q = unpack_int4(packed)
     n, k = q.shape
     centred = q.astype(jnp.float32).reshape(n, k // group_size, group_size) - 8
@@ -65,3 +101,43 @@ def _add_rounded_to_odd(a: jax.Array, b: jax.Array) -> jax.Array:
     step = jnp.where((error > 0) == (total > 0), 1, -1)
     inexact_and_even = (error != 0) & (bits & 1 == 0) & jnp.isfinite(total)
     return jax.lax.bitcast_convert_type(jnp.where(inexact_and_even, bits + step, bits), jnp.float32)
+
+
+_dequantize_p.def_impl(jax.jit(_dequantize, static_argnames="group_size"))
+mlir.register_lowering(_dequantize_p, mlir.lower_fun(_dequantize, multiple_results=False))
+ad.defjvp(_dequantize_p, None, lambda tangent, packed, _, **params: _dequantize_p.bind(packed, tangent, **params))
+
+
+def _transpose(
+    w: jax.Array | ad.Zero, packed: jax.Array, scales_and_zeros: ad.UndefinedPrimal, *, group_size: int
+) -> tuple[None, Any]:
+    aval = scales_and_zeros.aval
+    if isinstance(w, ad.Zero):
+        return None, ad.Zero(aval)
+    return None, transposed_dequantize(w, packed, group_size).astype(aval.dtype)
+
+
+ad.primitive_transposes[_dequantize_p] = _transpose
+
+
+def stack_rows(
+    size: int, packed: jax.Array, scales_and_zeros: jax.Array, axes: tuple[int | None, int | None]
+) -> tuple[jax.Array, jax.Array]:
+    """``size`` weights, batched along ``axes``, as one weight of ``size`` times as many rows."""
+    packed, scales_and_zeros = (
+        jnp.broadcast_to(a, (size, *a.shape)) if axis is None else jnp.moveaxis(a, axis, 0)
+        for a, axis in zip((packed, scales_and_zeros), axes, strict=True)
+    )
+    groups_first = jnp.moveaxis(scales_and_zeros, 0, 1)
+    return packed.reshape(-1, *packed.shape[2:]), groups_first.reshape(groups_first.shape[0], -1, 2)
+
+
+def _batch(
+    operands: tuple[jax.Array, jax.Array], axes: tuple[int | None, int | None], *, group_size: int
+) -> tuple[jax.Array, int]:
+    size = next(o.shape[a] for o, a in zip(operands, axes, strict=True) if a is not None)
+    w = _dequantize_p.bind(*stack_rows(size, *operands, axes), group_size=group_size)
+    return w.reshape(size, -1, w.shape[-1]), 0
+
+
+batching.primitive_batchers[_dequantize_p] = _batch

@@ -7,11 +7,14 @@ import math
 import os
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jax_int4mm.layout import as_array, unpacked_shape
+from jax_int4mm.ops import _gradient as _gradient  # Derivatives, registered by the import.
 from jax_int4mm.ops import validation
 from jax_int4mm.ops._primitive import int4pack_mm_p
+from jax_int4mm.ops._sharding import varying_alike
 
 # Names the implementation that None stands for; read at each call, so that it also serves tests and benchmarks.
 IMPLEMENTATION_VARIABLE = "JAX_INT4MM_IMPLEMENTATION"
@@ -31,6 +34,10 @@ def int4pack_mm(
     Products are summed in f32, and the sum is rounded once. An exact kernel applies scale and zero to sums over a
     group, so rows of x with an infinity, or in bfloat16 with numbers beyond 2**118, can give NaN instead of infinity.
     On CUDA a bfloat16 scale of 2**126 or more counts as infinite.
+
+    Differentiable in x and in scales_and_zeros, the weight's rounding aside, any number of times; the packed integers
+    have a float0 tangent. The backward product with x takes a dense weight that lives for it alone. Under
+    ``jax.checkpoint`` the result's name is "int4pack_mm", as in ``save_only_these_names("int4pack_mm")``.
 
     Args:
       x: [..., k] bfloat16 or float16 activations; leading dimensions are flattened into m. m = 0 is legal.
@@ -69,6 +76,7 @@ def _int4pack_mm(
 ) -> jax.Array:
     validation.check_weight("int4pack_mm", packed, scales_and_zeros, group_size)
     validation.check_activations("int4pack_mm", x, packed, scales_and_zeros)
+    x, packed, scales_and_zeros = varying_alike(x, packed, scales_and_zeros)
     n, k, _ = unpacked_shape(packed.shape)
     leading = x.shape[:-1]
     y = int4pack_mm_p.bind(
@@ -78,4 +86,4 @@ def _int4pack_mm(
         group_size=group_size,
         implementation=implementation,
     )
-    return y.reshape(*leading, n)
+    return checkpoint_name(y.reshape(*leading, n), "int4pack_mm")

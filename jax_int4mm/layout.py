@@ -152,7 +152,8 @@ def _all_nibbles(q: jax.Array | np.ndarray) -> bool:
 
 
 # Word bits of the eight nibbles in the order ((k>>4)&1, (k>>3)&1, k&1): even k low, odd k high; k, k+8, k+16, k+24.
-_NIBBLE_SHIFTS = np.array([[[0, 16], [4, 20]], [[8, 24], [12, 28]]], dtype=np.uint32)
+# With all dimensions of the nibbles below, which rank promotion need not add.
+_NIBBLE_SHIFTS = np.array([0, 16, 4, 20, 8, 24, 12, 28], dtype=np.uint32).reshape(1, 1, 1, 1, 2, 2, 1, 2)
 
 
 @functools.partial(jax.jit, static_argnames="inner_k_tiles")
@@ -161,8 +162,7 @@ def _pack(q: jax.Array, inner_k_tiles: int) -> jax.Array:
     tiles_n, tiles_k, lanes, words = packed_shape(n, k, inner_k_tiles)
     # k = tile*T + word*32 + k4*16 + k3*8 + pair*2 + k0, and the lane is 4*(n%8) + pair.
     nibbles = q.astype(jnp.uint32).reshape(tiles_n, TILE_N, tiles_k, words, 2, 2, 4, 2) & 0xF
-    shifts = _NIBBLE_SHIFTS[:, :, None, :]
-    word = jnp.sum(nibbles << shifts, axis=(4, 5, 7), dtype=jnp.uint32)  # [tiles_n, 8, tiles_k, words, 4]
+    word = jnp.sum(nibbles << _NIBBLE_SHIFTS, axis=(4, 5, 7), dtype=jnp.uint32)  # [tiles_n, 8, tiles_k, words, 4]
     word = word.transpose(0, 2, 1, 4, 3).reshape(tiles_n, tiles_k, lanes, words)
     return jax.lax.bitcast_convert_type(word, jnp.int32)
 
@@ -173,7 +173,7 @@ def _unpack(packed: jax.Array) -> jax.Array:
     tiles_n, tiles_k, _, words = packed.shape
     word = jax.lax.bitcast_convert_type(packed, jnp.uint32).reshape(tiles_n, tiles_k, TILE_N, 4, words)
     word = word.transpose(0, 2, 1, 4, 3)[:, :, :, :, None, None, :, None]
-    nibbles = (word >> _NIBBLE_SHIFTS[:, :, None, :]) & 0xF
+    nibbles = (word >> _NIBBLE_SHIFTS) & 0xF
     return nibbles.astype(jnp.uint8).reshape(n, k)
 
 

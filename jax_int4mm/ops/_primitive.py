@@ -48,9 +48,16 @@ int4pack_mm_p.def_abstract_eval(_abstract_eval)
 
 @int4pack_mm_p.def_impl
 def _impl(*operands: jax.Array, **params: Any) -> jax.Array:
-    # Reached by a bare bind outside any trace, also under jax.disable_jit(): a custom call exists only compiled.
-    with jax.disable_jit(False):
-        return jax.jit(functools.partial(int4pack_mm_p.bind, **params))(*operands)
+    # Reached by a bare bind outside any trace, also under jax.disable_jit(): a custom call exists only compiled. And
+    # where JAX, having found a NaN, looks for its origin step by step: compiled, this call would send it in a circle.
+    looked_for = {"nan": jax.config.jax_debug_nans, "inf": jax.config.jax_debug_infs}
+    with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
+        y = jax.jit(functools.partial(int4pack_mm_p.bind, **params))(*operands)
+        is_wrong = {"nan": jnp.isnan, "inf": jnp.isinf}
+        wrong = [value for value, looked in looked_for.items() if looked and is_wrong[value](y).any()]
+    if wrong:
+        raise FloatingPointError(f"invalid value ({wrong[0]}) encountered in int4pack_mm")
+    return y
 
 
 def _lower_to_xla(ctx: mlir.LoweringRuleContext, *operands: Any, group_size: int, implementation: str | None) -> Any:

@@ -50,7 +50,8 @@ int4pack_mm_p.def_abstract_eval(_abstract_eval)
 def _impl(*operands: jax.Array, **params: Any) -> jax.Array:
     # Reached by a bare bind outside any trace, also under jax.disable_jit(): a custom call exists only compiled. And
     # where JAX, having found a NaN, looks for its origin step by step: compiled, this call would send it in a circle.
-    looked_for = {"nan": jax.config.jax_debug_nans, "inf": jax.config.jax_debug_infs}
+    config: Any = jax.config  # jax 0.10 does not declare its flags.
+    looked_for = {"nan": config.jax_debug_nans, "inf": config.jax_debug_infs}
     with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
         y = jax.jit(functools.partial(int4pack_mm_p.bind, **params))(*operands)
         is_wrong = {"nan": jnp.isnan, "inf": jnp.isinf}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import itertools
+import math
 import pathlib
 import re
 from collections.abc import Sequence
@@ -70,6 +70,14 @@ def read_timed(path: pathlib.Path) -> list[Timed]:
     return found
 
 
+def fastest_times(timed: Sequence[Timed]) -> dict[tuple[int, int, int, int], float]:
+    """The microseconds of each problem's fastest tile."""
+    fastest: dict[tuple[int, int, int, int], float] = {}
+    for t in timed:
+        fastest[t.problem] = min(t.us, fastest.get(t.problem, t.us))
+    return fastest
+
+
 class Model:
     """The estimate of hopper_plan.cc for many timed problems at once, as a function of its parameters."""
 
@@ -77,9 +85,7 @@ class Model:
         """Everything that does not depend on the parameters."""
         self.names = sorted({t.tile for t in timed})
         self.us = np.array([t.us for t in timed])
-        fastest: dict[tuple[int, int, int, int], float] = {}
-        for t in timed:
-            fastest[t.problem] = min(t.us, fastest.get(t.problem, t.us))
+        fastest = fastest_times(timed)
         self.fastest = np.array([fastest[t.problem] for t in timed])
         self.split = np.array([t.split_k for t in timed])
         self.tokens = np.array([t.tile[0] * t.tile[1] / 128 for t in timed])
@@ -118,13 +124,10 @@ class Model:
 
 def regrets(timed: Sequence[Timed], estimate: np.ndarray) -> list[float]:
     """For each problem the time of the tile with the least estimate, over that of the fastest."""
-
-    def problem(one: tuple[Timed, float]) -> tuple[int, int, int, int]:
-        return one[0].problem
-
-    together = sorted(zip(timed, estimate, strict=True), key=problem)
-    by_problem = (list(group) for _, group in itertools.groupby(together, key=problem))
-    return [min(group, key=lambda one: one[1])[0].us / min(t.us for t, _ in group) for group in by_problem]
+    chosen: dict[tuple[int, int, int, int], tuple[float, float]] = {}
+    for t, estimated in zip(timed, estimate, strict=True):
+        chosen[t.problem] = min((estimated, t.us), chosen.get(t.problem, (math.inf, math.inf)))
+    return [chosen[problem][1] / us for problem, us in fastest_times(timed).items()]
 
 
 def main() -> None:

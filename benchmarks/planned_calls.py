@@ -71,6 +71,7 @@ def build(folder: pathlib.Path, architecture: str = "90a") -> pathlib.Path:
     if nvcc is None:
         raise RuntimeError("there is no nvcc in CUDACXX, CUDA_HOME, PATH or the nvidia-cuda-nvcc wheel")
     folder.mkdir(parents=True, exist_ok=True)
+    # Static tables of two libraries, of two versions of the kernels, in one process stay apart without unique symbols.
     options = [
         "-std=c++17",
         "-O3",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.interpreters import ad
 
 from jax_int4mm.ops._primitive import int4pack_mm_p
-from jax_int4mm.ops.dequantize import dequantize_rows, transposed_dequantize
+from jax_int4mm.ops.dequantize import dequantize_apart, transposed_dequantize
 
 
 def _tangent_of_x(
@@ -48,8 +48,7 @@ def _transpose(
 
 
 def _dx(dy: jax.Array, packed: jax.Array, scales_and_zeros: jax.Array, group_size: int) -> jax.Array:
-    # Without the barrier XLA may keep the weight in f32 up to the product, which then is none of 16-bit operands.
-    w = jax.lax.optimization_barrier(dequantize_rows(packed, scales_and_zeros, group_size))
+    w = dequantize_apart(packed, scales_and_zeros, group_size)
     dx = jax.lax.dot_general(dy, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     return dx.astype(dy.dtype)
 

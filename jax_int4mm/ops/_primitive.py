@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_int4mm.layout import unpacked_shape
 from jax_int4mm.ops import _ffi
-from jax_int4mm.ops.dequantize import stack_rows
+from jax_int4mm.ops._batching import batch_first, stack_rows
+from jax_int4mm.ops._sharding import matrix_like
 from jax_int4mm.ops.reference import int4pack_mm_dequantized, int4pack_mm_reference
 
 REFERENCE = "reference"
@@ -38,9 +38,7 @@ def _abstract_eval(
     # The public op has checked the arguments as the user gave them; the handlers check the buffers again.
     del scales_and_zeros, group_size, implementation
     n, _, _ = unpacked_shape(packed.shape)
-    sharding = NamedSharding(x.sharding.mesh, PartitionSpec(x.sharding.spec[0], None))
-    # Updated, not made anew: inside shard_map y varies over the mesh axes over which x does.
-    return x.update(shape=(x.shape[0], n), weak_type=False, sharding=sharding)
+    return matrix_like(x, (x.shape[0], n), rows=0)
 
 
 int4pack_mm_p.def_abstract_eval(_abstract_eval)
@@ -51,11 +49,10 @@ def _impl(*operands: jax.Array, **params: Any) -> jax.Array:
     # Reached by a bare bind outside any trace, also under jax.disable_jit(): a custom call exists only compiled. And
     # where JAX, having found a NaN, looks for its origin step by step: compiled, this call would send it in a circle.
     config: Any = jax.config  # jax 0.10 does not declare its flags.
-    looked_for = {"nan": config.jax_debug_nans, "inf": config.jax_debug_infs}
+    checks = [("nan", config.jax_debug_nans, jnp.isnan), ("inf", config.jax_debug_infs, jnp.isinf)]
     with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
         y = jax.jit(functools.partial(int4pack_mm_p.bind, **params))(*operands)
-        is_wrong = {"nan": jnp.isnan, "inf": jnp.isinf}
-        wrong = [value for value, looked in looked_for.items() if looked and is_wrong[value](y).any()]
+        wrong = [value for value, looked_for, is_wrong in checks if looked_for and is_wrong(y).any()]
     if wrong:
         raise FloatingPointError(f"invalid value ({wrong[0]}) encountered in int4pack_mm")
     return y
@@ -127,16 +124,12 @@ def _batch(
         x = jnp.moveaxis(operands[0], x_axis, 0)
         y = bind(x.reshape(-1, x.shape[-1]), *operands[1:])
         return y.reshape(*x.shape[:-1], y.shape[-1]), 0
-    size = next(o.shape[a] for o, a in zip(operands, axes, strict=True) if a is not None)
     if x_axis is None:
         # One x for all weights: they are one weight with more rows.
-        y = bind(operands[0], *stack_rows(size, *operands[1:], (packed_axis, scales_axis)))
-        return y.reshape(len(y), size, -1), 1
-    stacked = [
-        jnp.broadcast_to(o, (size, *o.shape)) if a is None else jnp.moveaxis(o, a, 0)
-        for o, a in zip(operands, axes, strict=True)
-    ]
-    return jax.lax.map(lambda one: bind(*one), tuple(stacked)), 0
+        packed, scales_and_zeros = batch_first(operands[1:], axes[1:])
+        y = bind(operands[0], *stack_rows(packed, scales_and_zeros))
+        return y.reshape(len(y), len(packed), -1), 1
+    return jax.lax.map(lambda one: bind(*one), tuple(batch_first(operands, axes))), 0
 
 
 batching.primitive_batchers[int4pack_mm_p] = _batch

@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def matrix_like(aval: jax.core.ShapedArray, shape: tuple[int, int], rows: int) -> jax.core.ShapedArray:
+    """A matrix of this shape and of the dtype of ``aval``, its rows sharded as dimension ``rows`` of that.
+
+    Updated, not made anew: inside ``shard_map`` it varies over the mesh axes over which ``aval`` does.
+    """
+    sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(aval.sharding.spec[rows], None))
+    return aval.update(shape=shape, weak_type=False, sharding=sharding)
 
 
 def varying_alike(*arrays: jax.Array) -> list[jax.Array]:

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from jax_int4mm.layout import as_array, unpack_int4, unpacked_shape
 from jax_int4mm.ops import validation
-from jax_int4mm.ops._sharding import varying_alike
+from jax_int4mm.ops._batching import batch_first, stack_rows
+from jax_int4mm.ops._sharding import matrix_like, varying_alike
 
 
 def dequantize(packed: ArrayLike, scales_and_zeros: ArrayLike, group_size: int = 128) -> jax.Array:
@@ -53,6 +53,15 @@ def dequantize_rows(packed: jax.Array, scales_and_zeros: jax.Array, group_size: 
     return _dequantize_p.bind(*varying_alike(packed, scales_and_zeros), group_size=group_size)
 
 
+def dequantize_apart(packed: jax.Array, scales_and_zeros: jax.Array, group_size: int) -> jax.Array:
+    """:func:`dequantize_rows` for an operand of a product.
+
+    XLA does not see through the barrier. It may otherwise keep w in f32 between the fused operations (excess
+    precision), skip its rounding, and multiply what are no 16-bit operands.
+    """
+    return jax.lax.optimization_barrier(dequantize_rows(packed, scales_and_zeros, group_size))
+
+
 def transposed_dequantize(w: jax.Array, packed: jax.Array, group_size: int) -> jax.Array:
     """The transpose of dequantisation, which is linear in scales_and_zeros: w [n, k] -> [k/group_size, n, 2] in f32."""
     n, k, _ = unpacked_shape(packed.shape)
@@ -71,9 +80,7 @@ def _abstract_eval(
 ) -> jax.core.ShapedArray:
     del group_size
     n, k, _ = unpacked_shape(packed.shape)
-    sharding = scales_and_zeros.sharding
-    sharding = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[1], None))
-    return scales_and_zeros.update(shape=(n, k), weak_type=False, sharding=sharding)
+    return matrix_like(scales_and_zeros, (n, k), rows=1)
 
 
 def _dequantize(packed: jax.Array, scales_and_zeros: jax.Array, *, group_size: int) -> jax.Array:
@@ -120,24 +127,12 @@ def _transpose(
 ad.primitive_transposes[_dequantize_p] = _transpose
 
 
-def stack_rows(
-    size: int, packed: jax.Array, scales_and_zeros: jax.Array, axes: tuple[int | None, int | None]
-) -> tuple[jax.Array, jax.Array]:
-    """``size`` weights, batched along ``axes``, as one weight of ``size`` times as many rows."""
-    packed, scales_and_zeros = (
-        jnp.broadcast_to(a, (size, *a.shape)) if axis is None else jnp.moveaxis(a, axis, 0)
-        for a, axis in zip((packed, scales_and_zeros), axes, strict=True)
-    )
-    groups_first = jnp.moveaxis(scales_and_zeros, 0, 1)
-    return packed.reshape(-1, *packed.shape[2:]), groups_first.reshape(groups_first.shape[0], -1, 2)
-
-
 def _batch(
     operands: tuple[jax.Array, jax.Array], axes: tuple[int | None, int | None], *, group_size: int
 ) -> tuple[jax.Array, int]:
-    size = next(o.shape[a] for o, a in zip(operands, axes, strict=True) if a is not None)
-    w = _dequantize_p.bind(*stack_rows(size, *operands, axes), group_size=group_size)
-    return w.reshape(size, -1, w.shape[-1]), 0
+    packed, scales_and_zeros = batch_first(operands, axes)
+    w = _dequantize_p.bind(*stack_rows(packed, scales_and_zeros), group_size=group_size)
+    return w.reshape(len(packed), -1, w.shape[-1]), 0
 
 
 batching.primitive_batchers[_dequantize_p] = _batch

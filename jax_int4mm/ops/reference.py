@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jax_int4mm.ops.dequantize import dequantize_rows
+from jax_int4mm.ops.dequantize import dequantize_apart
 
 
 def int4pack_mm_reference(x: jax.Array, packed: jax.Array, scales_and_zeros: jax.Array, group_size: int) -> jax.Array:
@@ -24,8 +24,7 @@ def int4pack_mm_dequantized(x: jax.Array, packed: jax.Array, scales_and_zeros: j
 def _multiply_dense(
     x: jax.Array, packed: jax.Array, scales_and_zeros: jax.Array, group_size: int, precision: jax.lax.Precision
 ) -> jax.Array:
-    # XLA may otherwise keep w in f32 between the fused operations (excess precision) and skip its rounding.
-    w = jax.lax.optimization_barrier(dequantize_rows(packed, scales_and_zeros, group_size))
+    w = dequantize_apart(packed, scales_and_zeros, group_size)
     # A 16-bit result would let XLA add up parts of k in 16 bits.
     y = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
     return y.astype(x.dtype)

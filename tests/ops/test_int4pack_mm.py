@@ -74,7 +74,8 @@ def test_a_last_wave_of_few_tiles(tile: str, dtype: np.dtype, rng: np.random.Gen
 @pytest.mark.parametrize(("split_k", "tiles"), [(8, 2), (4, 13), (2, 29)])
 @pytest.mark.parametrize("tile", [name for name in CUDA_IMPLEMENTATIONS if name.startswith("hopper/")])
 def test_ctas_that_divide_k(tile: str, split_k: int, tiles: int, dtype: np.dtype, rng: np.random.Generator) -> None:
-    # Nine steps of 128, so that one CTA has a step more; more tiles than clusters of so many CTAs find room.
+    # Nine steps of 128, so that one CTA has a step more. For 13 tiles there is no room in clusters of 8 CTAs, for 29
+    # none in clusters of 4.
     kernel = Kernel("cuda", tile)
     rows, tokens = map(int, tile.removeprefix("hopper/").split("x"))
     weight = cases.random_weight(rng, rows * tiles - 40, 1152, 128, 8, dtype)

@@ -58,7 +58,7 @@ constexpr int GroupsPerStep(int64_t group_size) {
   return group_size >= kStepK ? 1 : static_cast<int>(kStepK / group_size);
 }
 
-inline constexpr std::array<Config, 24> kConfigs = {{
+inline constexpr std::array<Config, 26> kConfigs = {{
     {2, 16, 4},   // 128 rows of w x 16 tokens
     {2, 32, 4},   // 128 x 32
     {4, 32, 4},   // 256 x 32
@@ -75,8 +75,10 @@ inline constexpr std::array<Config, 24> kConfigs = {{
     {3, 128, 2},  // 192 x 128
     {2, 144, 2},  // 128 x 144
     {2, 160, 2},  // 128 x 160
+    {3, 144, 2},  // 192 x 144
     {3, 160, 2},  // 192 x 160
     {2, 176, 2},  // 128 x 176
+    {3, 176, 2},  // 192 x 176
     {2, 192, 2},  // 128 x 192
     {3, 192, 1},  // 192 x 192
     {2, 208, 2},  // 128 x 208

@@ -27,32 +27,32 @@ struct StepTime {
   double more_groups;
 };
 constexpr std::array<StepTime, kConfigs.size()> kStepTimes = {{
-    {0.360, 0.380},  // 128 x 16
-    {0.386, 0.419},  // 128 x 32
-    {0.709, 0.778},  // 256 x 32
-    {0.419, 0.457},  // 128 x 48
-    {0.469, 0.501},  // 128 x 64
-    {0.648, 0.703},  // 192 x 64
-    {0.839, 0.922},  // 256 x 64
-    {0.524, 0.566},  // 128 x 80
-    {0.579, 0.614},  // 128 x 96
-    {0.773, 0.834},  // 192 x 96
-    {0.615, 0.671},  // 128 x 112
-    {0.858, 0.926},  // 192 x 112
-    {0.671, 0.718},  // 128 x 128
-    {0.959, 1.013},  // 192 x 128
-    {0.718, 0.746},  // 128 x 144
-    {0.800, 0.810},  // 128 x 160
-    {1.083, 1.112},  // 192 x 144
-    {1.208, 1.212},  // 192 x 160
-    {0.883, 0.889},  // 128 x 176
-    {1.334, 1.339},  // 192 x 176
-    {0.969, 0.973},  // 128 x 192
-    {1.460, 1.466},  // 192 x 192
-    {1.056, 1.060},  // 128 x 208
-    {1.138, 1.133},  // 128 x 224
-    {1.213, 1.216},  // 128 x 240
-    {1.283, 1.284},  // 128 x 256
+    {0.344, 0.368},  // 128 x 16
+    {0.374, 0.408},  // 128 x 32
+    {0.694, 0.775},  // 256 x 32
+    {0.409, 0.450},  // 128 x 48
+    {0.457, 0.495},  // 128 x 64
+    {0.630, 0.693},  // 192 x 64
+    {0.828, 0.924},  // 256 x 64
+    {0.512, 0.560},  // 128 x 80
+    {0.569, 0.609},  // 128 x 96
+    {0.761, 0.827},  // 192 x 96
+    {0.606, 0.667},  // 128 x 112
+    {0.843, 0.918},  // 192 x 112
+    {0.657, 0.711},  // 128 x 128
+    {0.942, 1.003},  // 192 x 128
+    {0.705, 0.738},  // 128 x 144
+    {0.792, 0.803},  // 128 x 160
+    {1.069, 1.101},  // 192 x 144
+    {1.190, 1.206},  // 192 x 160
+    {0.871, 0.875},  // 128 x 176
+    {1.313, 1.319},  // 192 x 176
+    {0.949, 0.961},  // 128 x 192
+    {1.438, 1.446},  // 192 x 192
+    {1.039, 1.049},  // 128 x 208
+    {1.117, 1.127},  // 128 x 224
+    {1.201, 1.211},  // 128 x 240
+    {1.265, 1.270},  // 128 x 256
 }};
 
 // Clusters that find room at the same time: one lies within a group of 16 or 18 SMs, and not all groups are whole.
@@ -66,14 +66,14 @@ int64_t MostSteps(const Problem& p, int split_k) { return CeilDiv(CeilDiv(p.k, h
 
 // Estimated microseconds of a call, but for what all schedules have in common.
 double Cost(const Problem& p, const DeviceDescription& device, const HopperPlan& plan) {
-  constexpr double kPerTile = -0.2906;        // Its start and its output,
-  constexpr double kPerTileToken = 0.0054;    // which grows with the tile.
-  constexpr double kSplit = 0.7138;           // A meeting of a cluster;
-  constexpr double kPerSplitToken = 0.0202;   // sums of all tokens are sent,
-  constexpr double kPerOwnedToken = -0.0308;  // but not those of tokens that the CTA itself adds up.
-  constexpr double kBusy = 0.1264;            // All SMs at work are slower than one: power, and the rate of the L2.
+  constexpr double kPerTile = -0.0188;        // Its start and its output,
+  constexpr double kPerTileToken = 0.0044;    // which grows with the tile.
+  constexpr double kSplit = 0.7766;           // A meeting of a cluster;
+  constexpr double kPerSplitToken = 0.0177;   // sums of all tokens are sent,
+  constexpr double kPerOwnedToken = -0.0257;  // but not those of tokens that the CTA itself adds up.
+  constexpr double kBusy = 0.1455;            // All SMs at work are slower than one: power, and the rate of the L2.
   constexpr double kUsuallyBusy = 0.9;
-  constexpr double kAlone = 1.3454;  // A warpgroup alone in a CTA: the CTA copies as much, for less work.
+  constexpr double kAlone = 1.3437;  // A warpgroup alone in a CTA: the CTA copies as much, for less work.
   const Config& c = kConfigs[plan.config];
   const int split_k = plan.schedule.split_k;
   const int64_t tiles = plan.tiles_m * plan.tiles_n;

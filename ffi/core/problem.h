@@ -1,4 +1,4 @@
-// What one call of int4pack_mm asks for, and the rules that every platform checks before it plans.
+// What one call of int4pack_mm or dequantize asks for, and the rules that every platform checks before it plans.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,17 @@ struct Problem {
   DType dtype = DType::kBFloat16;  // Of x, scales_and_zeros and y.
 };
 
-// The four buffers of one call, row-major and dense; 16-bit floats are carried as their bits.
+// w [batch, n, k] = (q - 8) * scale + zero of as many weights of one shape.
+struct DequantizeProblem {
+  int64_t batch = 1;
+  int64_t n = 0;
+  int64_t k = 0;
+  int64_t group_size = 0;          // 32, 64, 128 or 256.
+  int64_t inner_k_tiles = 0;       // 2, 4 or 8.
+  DType dtype = DType::kBFloat16;  // Of scales_and_zeros and w.
+};
+
+// The four buffers of one call of int4pack_mm, row-major and dense; 16-bit floats are carried as their bits.
 struct Operands {
   const uint16_t* x = nullptr;                 // [m, k]
   const uint32_t* packed = nullptr;            // [n/8, k/(16*inner_k_tiles), 32, inner_k_tiles/2]
@@ -32,8 +42,16 @@ struct Operands {
   uint16_t* y = nullptr;                       // [m, n]
 };
 
-// Checks the rules that no kernel relaxes: sizes, divisibility, group size and inner_k_tiles. m = 0 and kUnknownM are
-// legal.
+// The buffers of one call of dequantize, alike.
+struct DequantizeOperands {
+  const uint32_t* packed = nullptr;            // [batch, n/8, k/(16*inner_k_tiles), 32, inner_k_tiles/2]
+  const uint16_t* scales_and_zeros = nullptr;  // [batch, k/group_size, n, 2]
+  uint16_t* w = nullptr;                       // [batch, n, k]
+};
+
+// Checks the rules that no kernel relaxes: sizes, divisibility, group size and inner_k_tiles. m = 0, kUnknownM and an
+// empty batch are legal.
 Status Validate(const Problem& problem);
+Status Validate(const DequantizeProblem& problem);
 
 }  // namespace int4mm

@@ -3,6 +3,8 @@
 
 namespace int4mm::cuda {
 
+inline constexpr int kOldestArchitecture = 80;  // mma.sync m16n8k16 with bf16 operands, fma on bf16, cp.async.
+
 struct DeviceDescription {
   int compute_capability = 90;  // 10 * major + minor
   int sm_count = 132;

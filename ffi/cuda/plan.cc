@@ -12,7 +12,6 @@
 namespace int4mm::cuda {
 namespace {
 
-constexpr int kOldestArchitecture = 80;          // mma.sync m16n8k16 with bf16 operands, cp.async.
 constexpr int64_t kMostRows = int64_t{1} << 30;  // Of n and of k: the kernels index within a row of tiles in 32 bits.
 constexpr std::string_view kRemedy = "Leave implementation=None to choose.";
 constexpr std::string_view kAmpereName = "ampere";

@@ -1,15 +1,13 @@
-// What the CPU's and the GPU's XLA handler share: buffers and attributes -> Problem and pointers, every property that a
-// kernel relies on checked; and statuses -> XLA's errors.
+// What the CPU's and the GPU's XLA handler of int4pack_mm share: buffers and attributes -> Problem and pointers, every
+// property that a kernel relies on checked.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <initializer_list>
-#include <string>
 
 #include "core/layout.h"
 #include "core/problem.h"
 #include "core/status.h"
+#include "handler/buffers.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace int4mm {
@@ -23,37 +21,6 @@ struct Call {
   void* workspace = nullptr;
   int64_t workspace_bytes = 0;
 };
-
-inline xla::ffi::Error ToXla(const Status& status) {
-  switch (status.code()) {
-    case StatusCode::kOk:
-      return xla::ffi::Error::Success();
-    case StatusCode::kInvalidArgument:
-      return xla::ffi::Error(xla::ffi::ErrorCode::kInvalidArgument, status.message());
-    case StatusCode::kUnimplemented:
-      return xla::ffi::Error(xla::ffi::ErrorCode::kUnimplemented, status.message());
-    case StatusCode::kFailedPrecondition:
-      return xla::ffi::Error(xla::ffi::ErrorCode::kFailedPrecondition, status.message());
-    case StatusCode::kInternal:
-      break;
-  }
-  return xla::ffi::Error(xla::ffi::ErrorCode::kInternal, status.message());
-}
-
-// A buffer's dimensions for a message: "[2, 64]".
-inline std::string Dimensions(const xla::ffi::AnyBuffer& buffer) {
-  std::string text = "[";
-  for (const int64_t size : buffer.dimensions()) {
-    if (text.size() > 1) text += ", ";
-    text += std::to_string(size);
-  }
-  return text + "]";
-}
-
-inline bool HasDimensions(const xla::ffi::AnyBuffer& buffer, std::initializer_list<int64_t> sizes) {
-  const auto dimensions = buffer.dimensions();
-  return dimensions.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), dimensions.begin());
-}
 
 inline StatusOr<Call> DecodeCall(const xla::ffi::AnyBuffer& x, const xla::ffi::AnyBuffer& packed,
                                  const xla::ffi::AnyBuffer& scales_and_zeros, const xla::ffi::AnyBuffer& y,

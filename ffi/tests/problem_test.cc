@@ -54,6 +54,21 @@ void TestRefuses() {
   }
 }
 
+void TestDequantizeProblems() {
+  for (const int64_t batch : {0, 1, 7}) {
+    const Status status = Validate(DequantizeProblem{batch, 8, 256, 128, 2, DType::kFloat16});
+    EXPECT(status.ok()) << status.message();
+  }
+  for (const DequantizeProblem& p :
+       {DequantizeProblem{1, 12, 256, 128, 8, DType::kBFloat16}, DequantizeProblem{1, 16, 256, 48, 8, DType::kBFloat16},
+        DequantizeProblem{1, 16, 192, 64, 8, DType::kBFloat16},
+        DequantizeProblem{-1, 16, 256, 64, 8, DType::kBFloat16}}) {
+    const Status status = Validate(p);
+    EXPECT(status.code() == StatusCode::kInvalidArgument);
+    EXPECT(status.message().rfind("dequantize: ", 0) == 0) << status.message();
+  }
+}
+
 void TestNames() {
   EXPECT(DTypeName(DType::kBFloat16) == std::string("bfloat16"));
   EXPECT(DTypeName(DType::kFloat16) == std::string("float16"));
@@ -65,6 +80,7 @@ void TestNames() {
 int main() {
   int4mm::TestAccepts();
   int4mm::TestRefuses();
+  int4mm::TestDequantizeProblems();
   int4mm::TestNames();
   return int4mm::test::Result();
 }

@@ -3,28 +3,30 @@
 namespace int4mm::cuda {
 namespace {
 
-Status CudaStatus(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return Status();
-  return Internal() << "int4pack_mm: " << what << " failed: " << cudaGetErrorString(error) << " ("
-                    << cudaGetErrorName(error) << ").";
-}
+constexpr const char* kOp = "int4pack_mm";
 
 }  // namespace
+
+Status CudaStatus(const char* op, const char* what, cudaError_t error) {
+  if (error == cudaSuccess) return Status();
+  return Internal() << op << ": " << what << " failed: " << cudaGetErrorString(error) << " (" << cudaGetErrorName(error)
+                    << ").";
+}
 
 Status SharedMemoryLimit::Raise(const void* kernel) {
   constexpr int kMostDevices = 64;
   int device = 0;
-  if (Status status = CudaStatus(cudaGetDevice(&device), "cudaGetDevice"); !status.ok()) return status;
+  if (Status status = CudaStatus(kOp, "cudaGetDevice", cudaGetDevice(&device)); !status.ok()) return status;
   const uint64_t bit = device < kMostDevices ? uint64_t{1} << device : 0;
   if (raised_devices_.load(std::memory_order_relaxed) & bit) return Status();
   int bytes = 0;
-  if (Status status = CudaStatus(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-                                 "cudaDeviceGetAttribute for shared memory");
+  if (Status status = CudaStatus(kOp, "cudaDeviceGetAttribute for shared memory",
+                                 cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
       !status.ok()) {
     return status;
   }
-  if (Status status = CudaStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-                                 "cudaFuncSetAttribute for shared memory");
+  if (Status status = CudaStatus(kOp, "cudaFuncSetAttribute for shared memory",
+                                 cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
       !status.ok()) {
     return status;
   }
@@ -46,7 +48,7 @@ Status LaunchKernel(const char* what, const void* kernel, SharedMemoryLimit& lim
   config.stream = stream;
   config.attrs = &dimension;
   config.numAttrs = cluster > 1 ? 1 : 0;
-  return CudaStatus(cudaLaunchKernelExC(&config, kernel, &arguments), what);
+  return CudaStatus(kOp, what, cudaLaunchKernelExC(&config, kernel, &arguments));
 }
 
 }  // namespace int4mm::cuda

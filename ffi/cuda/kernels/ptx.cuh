@@ -138,4 +138,13 @@ __device__ __forceinline__ void LoadOnce(uint32_t& d, const uint32_t* global) {
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(d) : "l"(global));
 }
 
+// Writes 16 bytes where `condition` holds.
+__device__ __forceinline__ void StoreIf(bool condition, void* global, const uint32_t (&value)[4]) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p st.global.v4.u32 [%1], {%2, %3, %4, %5};}"
+               :
+               : "r"(static_cast<int>(condition)), "l"(global), "r"(value[0]), "r"(value[1]), "r"(value[2]),
+                 "r"(value[3])
+               : "memory");
+}
+
 }  // namespace int4mm::cuda::ptx

@@ -19,6 +19,7 @@
 #include "cpu/parallel.h"
 #include "cpu/plan.h"
 #include "cuda/plan.h"
+#include "handler/buffers.h"
 #include "handler/call.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -148,6 +149,7 @@ NB_MODULE(_cpu, module) {
   using nb::literals::operator""_a;
   module.doc() = "CPU kernels of jax_int4mm as XLA FFI handlers, and the plans of every platform.";
   module.attr("built_with_cuda") = INT4MM_BUILT_WITH_CUDA != 0;
+  module.attr("oldest_compute_capability") = cuda::kOldestArchitecture;
   module.def(
       "registrations",
       [] {

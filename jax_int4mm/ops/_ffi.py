@@ -11,6 +11,7 @@ from typing import TypedDict
 import jax
 
 TARGET = "jax_int4mm_int4pack_mm"
+DEQUANTIZE_TARGET = "jax_int4mm_dequantize"  # On CUDA alone.
 
 # The device assumed where a program is lowered for CUDA on a machine without a GPU: an H100 or H200.
 DEFAULT_COMPUTE_CAPABILITY = 90
@@ -53,9 +54,11 @@ _cuda = _import_extension("_cuda") if _cpu.built_with_cuda else None
 
 
 def _register() -> None:
-    jax.ffi.register_ffi_target(TARGET, _cpu.registrations()[TARGET], platform="cpu")
+    for target, handler in _cpu.registrations().items():
+        jax.ffi.register_ffi_target(target, handler, platform="cpu")
     if _cuda is not None:
-        jax.ffi.register_ffi_target(TARGET, _cuda.registrations()[TARGET], platform="CUDA")
+        for target, handler in _cuda.registrations().items():
+            jax.ffi.register_ffi_target(target, handler, platform="CUDA")
 
 
 _register()
@@ -64,6 +67,11 @@ _register()
 def has_cuda_kernels() -> bool:
     """Whether this build holds the CUDA kernels."""
     return _cuda is not None
+
+
+def has_dequantize_kernel() -> bool:
+    """Whether this build holds the CUDA kernel of ``dequantize``, and the local GPU, if there is one, can run it."""
+    return has_cuda_kernels() and _gpu_description()[0] >= _cpu.oldest_compute_capability
 
 
 def cpu_implementations() -> list[str]:

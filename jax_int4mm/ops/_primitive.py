@@ -20,7 +20,7 @@ from jax_int4mm.ops.reference import int4pack_mm_dequantized, int4pack_mm_refere
 
 REFERENCE = "reference"
 DEQUANTIZE = "dequantize"
-# Implementations that are programs of XLA's own, on every platform.
+# Implementations whose product is XLA's own, on every platform.
 _XLA_PROGRAMS = {REFERENCE: int4pack_mm_reference, DEQUANTIZE: int4pack_mm_dequantized}
 
 # x [m, k], packed, scales_and_zeros -> y [m, n]; parameters group_size: int and implementation: str | None.

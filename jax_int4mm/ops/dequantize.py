@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
 from jax_int4mm.layout import as_array, unpack_int4, unpacked_shape
-from jax_int4mm.ops import validation
+from jax_int4mm.ops import _ffi, validation
 from jax_int4mm.ops._batching import batch_first, stack_rows
 from jax_int4mm.ops._sharding import matrix_like, varying_alike
 
@@ -25,8 +26,8 @@ def dequantize(packed: ArrayLike, scales_and_zeros: ArrayLike, group_size: int =
 
     w = round((q - 8) * scale + zero), rounded once from the exact value to the dtype of ``scales_and_zeros``: the
     arithmetic of PyTorch's CUDA ``_weight_int4pack_mm``. One exception: XLA's CPU backend takes bfloat16 subnormals
-    (below 1.2e-38) for zeros, and the kernels do not. The derivative with respect to ``scales_and_zeros`` is that of
-    the formula without its rounding.
+    (below 1.2e-38) for zeros, and the kernels do not. On NVIDIA GPUs, sm_80 and newer, a kernel of its own writes it.
+    The derivative with respect to ``scales_and_zeros`` is that of the formula without its rounding.
 
     Args:
       packed: int32 ``[n/8, k/(16*inner_k_tiles), 32, inner_k_tiles/2]``.
@@ -83,7 +84,8 @@ def _abstract_eval(
     return matrix_like(scales_and_zeros, (n, k), rows=1)
 
 
-def _dequantize(packed: jax.Array, scales_and_zeros: jax.Array, *, group_size: int) -> jax.Array:
+def dequantize_reference(packed: jax.Array, scales_and_zeros: jax.Array, *, group_size: int) -> jax.Array:
+    """:func:`dequantize_rows` as plain jnp, on every platform; its derivative is that of its operations."""
     q = unpack_int4(packed)
     n, k = q.shape
     centred = q.astype(jnp.float32).reshape(n, k // group_size, group_size) - 8
@@ -110,8 +112,20 @@ def _add_rounded_to_odd(a: jax.Array, b: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.where(inexact_and_even, bits + step, bits), jnp.float32)
 
 
-_dequantize_p.def_impl(jax.jit(_dequantize, static_argnames="group_size"))
-mlir.register_lowering(_dequantize_p, mlir.lower_fun(_dequantize, multiple_results=False))
+_dequantize_p.def_impl(jax.jit(dequantize_reference, static_argnames="group_size"))
+_lower_to_xla = mlir.lower_fun(dequantize_reference, multiple_results=False)
+
+
+def _lower_to_kernel(ctx: mlir.LoweringRuleContext, *operands: Any, group_size: int) -> Any:
+    if not _ffi.has_dequantize_kernel():
+        return _lower_to_xla(ctx, *operands, group_size=group_size)
+    # A row-major result; ffi_lowering derives the operands' layouts.
+    rule = jax.ffi.ffi_lowering(_ffi.DEQUANTIZE_TARGET, result_layouts=[(1, 0)])
+    return rule(ctx, *operands, group_size=np.int64(group_size))
+
+
+mlir.register_lowering(_dequantize_p, _lower_to_kernel, platform="cuda")
+mlir.register_lowering(_dequantize_p, _lower_to_xla)
 ad.defjvp(_dequantize_p, None, lambda tangent, packed, _, **params: _dequantize_p.bind(packed, tangent, **params))
 
 

@@ -86,3 +86,75 @@ def test_the_process_survives_an_error(chosen: Kernel) -> None:
         with pytest.raises(jax.errors.JaxRuntimeError):
             call(RIGHT | {"y": ((4, 16), jnp.bfloat16)})
         call(RIGHT)
+
+
+# n = 16, k = 256, group_size = 64, which dequantize takes on CUDA alone.
+RIGHT_TO_DEQUANTIZE: dict[str, Any] = {
+    "packed": ((2, 2, 32, 4), jnp.int32),
+    "scales_and_zeros": ((4, 16, 2), jnp.bfloat16),
+    "w": ((16, 256), jnp.bfloat16),
+    "attributes": {"group_size": np.int64(64)},
+}
+
+
+def call_dequantize(buffers: dict[str, Any]) -> jax.Array:
+    with jax.default_device(jax.devices("cuda")[0]):
+        operands = [jnp.zeros(*buffers[name]) for name in ("packed", "scales_and_zeros")]
+        result = jax.ShapeDtypeStruct(*buffers["w"])
+        w = jax.ffi.ffi_call(_ffi.DEQUANTIZE_TARGET, result)(*operands, **buffers["attributes"])
+        return w.block_until_ready()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "right",
+    [
+        {},
+        {
+            "packed": ((3, 2, 2, 32, 4), jnp.int32),
+            "scales_and_zeros": ((3, 4, 16, 2), jnp.bfloat16),
+            "w": ((3, 16, 256), jnp.bfloat16),
+        },
+        {
+            "packed": ((0, 2, 2, 32, 4), jnp.int32),
+            "scales_and_zeros": ((0, 4, 16, 2), jnp.bfloat16),
+            "w": ((0, 16, 256), jnp.bfloat16),
+        },
+    ],
+    ids=["one weight", "a batch", "an empty batch"],
+)
+def test_right_buffers_to_dequantize_are_accepted(right: dict[str, Any]) -> None:
+    assert not np.asarray(call_dequantize(RIGHT_TO_DEQUANTIZE | right), np.float32).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"scales_and_zeros": ((4, 16, 2), jnp.float32)}, "scales_and_zeros must be bfloat16 or float16"),
+        ({"scales_and_zeros": ((4, 16, 2), jnp.float16)}, "must have the same dtype"),
+        ({"w": ((16, 256), jnp.float32)}, "must have the same dtype"),
+        ({"packed": ((2, 2, 32, 4), jnp.uint8)}, "packed must be int32"),
+        ({"packed": ((16, 32), jnp.int32)}, r"packed is \[16, 32\].*\[n/8, k/\(16\*inner_k_tiles\)"),
+        ({"packed": ((1, 1, 2, 2, 32, 4), jnp.int32)}, r"packed is \[1, 1, 2, 2, 32, 4\]"),
+        ({"packed": ((2, 2, 16, 4), jnp.int32)}, r"packed is \[2, 2, 16, 4\]"),
+        ({"packed": ((3, 2, 2, 16, 4), jnp.int32)}, r"packed is \[3, 2, 2, 16, 4\]"),
+        ({"packed": ((2, 2, 32, 3), jnp.int32)}, "inner_k_tiles is 6"),
+        ({"packed": ((0, 2, 32, 4), jnp.int32)}, "n and k must be positive"),
+        ({"packed": ((4, 2, 32, 4), jnp.int32)}, r"scales_and_zeros is \[4, 16, 2\].*\[4, 32, 2\]"),
+        ({"packed": ((3, 2, 2, 32, 4), jnp.int32)}, r"scales_and_zeros is \[4, 16, 2\].*\[3, 4, 16, 2\]"),
+        ({"scales_and_zeros": ((2, 16, 2), jnp.bfloat16)}, r"scales_and_zeros is \[2, 16, 2\].*\[4, 16, 2\]"),
+        ({"scales_and_zeros": ((1, 4, 16, 2), jnp.bfloat16)}, r"scales_and_zeros is \[1, 4, 16, 2\].*\[4, 16, 2\]"),
+        ({"w": ((256, 16), jnp.bfloat16)}, r"w is \[256, 16\].*\[16, 256\]"),
+        ({"w": ((1, 16, 256), jnp.bfloat16)}, r"w is \[1, 16, 256\].*\[16, 256\]"),
+        ({"attributes": {"group_size": np.int64(48)}}, "group_size is 48.*32, 64, 128 or 256"),
+        # XLA's own decoding refuses what the handler never sees.
+        ({"attributes": {"group_size": "64"}}, "Failed to decode"),
+        ({"attributes": {}}, "Wrong number of attributes"),
+    ],
+    ids=str,
+)
+def test_wrong_buffers_to_dequantize_are_an_error(wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"(?s){sentence}"):
+        call_dequantize(RIGHT_TO_DEQUANTIZE | wrong)
+    call_dequantize(RIGHT_TO_DEQUANTIZE)

@@ -188,6 +188,17 @@ class Graph:
         return float(start.elapsed_time(end)) * 1e3 / self.calls
 
 
+def replay_in_turn(graphs: Sequence[Graph], rounds: int) -> list[float]:
+    """Microseconds a call of each, medians of so many replays after a first one."""
+    samples: list[list[float]] = [[] for _ in graphs]
+    for i in range(rounds + 1):
+        for graph, its in zip(graphs, samples, strict=True):
+            us = graph.replay()
+            if i > 0:
+                its.append(us)
+    return [statistics.median(its) for its in samples]
+
+
 def graphs(weights: Weights, x: torch.Tensor, ways: Sequence[Planned]) -> Iterator[tuple[str, int | None, Graph]]:
     """(implementation, split_k, graph) of cuBLAS in both layouts and of every way."""
     import torch
@@ -217,13 +228,8 @@ def measure(weights: Weights, m: int, ways: Sequence[Planned], rounds: int) -> I
     for planned in ways:
         weights.check(planned, x)
     contenders = list(graphs(weights, x, ways))
-    samples: list[list[float]] = [[] for _ in contenders]
-    for i in range(rounds + 1):
-        for (_, _, graph), its in zip(contenders, samples, strict=True):
-            us = graph.replay()
-            if i > 0:
-                its.append(us)
-    timed = [Timed(problem, name, k, statistics.median(s)) for (name, k, _), s in zip(contenders, samples, strict=True)]
+    medians = replay_in_turn([graph for _, _, graph in contenders], rounds)
+    timed = [Timed(problem, name, k, us) for (name, k, _), us in zip(contenders, medians, strict=True)]
     yield min(timed[:2], key=lambda t: t.us)
     yield from timed[2:]
 

@@ -1,11 +1,12 @@
-// Calls of int4pack_mm below XLA, for timing: every plan that there is for a problem, or the chosen one. C functions,
-// for ctypes.
+// Calls of int4pack_mm below XLA, for timing: every plan that there is for a problem, or the chosen one; and calls of
+// dequantize. C functions, for ctypes.
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include "core/problem.h"
 #include "cuda/hopper_plan.h"
+#include "cuda/kernels/dequantize/launch.h"
 #include "cuda/launch.h"
 #include "cuda/plan.h"
 
@@ -21,6 +22,13 @@ struct Planned {
 
 std::vector<Planned> planned;  // By handle.
 std::string text;              // Of the last call; valid until the next.
+
+// 0, or -1 with the reason in last_text().
+int Report(const Status& status) {
+  if (status.ok()) return 0;
+  text = status.message();
+  return -1;
+}
 
 }  // namespace
 
@@ -48,10 +56,7 @@ int plan_calls(const Sizes* sizes, int compute_capability, int sm_count, int eve
     for (const HopperPlan& plan : EveryHopperPlan(problem, device)) planned.push_back({problem, ToPlan(plan)});
   } else {
     const StatusOr<Plan> plan = MakePlan(problem, device, "");
-    if (!plan.ok()) {
-      text = plan.status().message();
-      return -1;
-    }
+    if (!plan.ok()) return Report(plan.status());
     planned.push_back({problem, *plan});
   }
   *count = static_cast<int>(planned.size()) - first;
@@ -77,11 +82,22 @@ int launch(int handle, const void* x, const void* packed, const void* scales_and
   operands.packed = static_cast<const uint32_t*>(packed);
   operands.scales_and_zeros = static_cast<const uint16_t*>(scales_and_zeros);
   operands.y = static_cast<uint16_t*>(y);
-  const Status status =
-      Launch(planned[handle].problem, operands, planned[handle].plan, static_cast<cudaStream_t>(stream));
-  if (status.ok()) return 0;
-  text = status.message();
-  return -1;
+  return Report(Launch(planned[handle].problem, operands, planned[handle].plan, static_cast<cudaStream_t>(stream)));
+}
+
+// Enqueues dequantize of a weight of these sizes, but for m; 0, or -1 with the reason in last_text().
+int dequantize(const Sizes* sizes, const void* packed, const void* scales_and_zeros, void* w, void* stream) {
+  DequantizeProblem problem;
+  problem.n = sizes->n;
+  problem.k = sizes->k;
+  problem.group_size = sizes->group_size;
+  problem.inner_k_tiles = sizes->inner_k_tiles;
+  problem.dtype = sizes->float16 != 0 ? DType::kFloat16 : DType::kBFloat16;
+  DequantizeOperands operands;
+  operands.packed = static_cast<const uint32_t*>(packed);
+  operands.scales_and_zeros = static_cast<const uint16_t*>(scales_and_zeros);
+  operands.w = static_cast<uint16_t*>(w);
+  return Report(dequantize::Launch(problem, operands, static_cast<cudaStream_t>(stream)));
 }
 
 const char* last_text() { return text.c_str(); }

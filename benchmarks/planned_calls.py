@@ -1,4 +1,4 @@
-"""Calls of int4pack_mm below XLA, for timing by CUDA graphs: planned_calls.cu with the op's own sources, by ctypes."""
+"""Calls below XLA, for timing by CUDA graphs: planned_calls.cu with the ops' own sources, by ctypes."""
 
 from __future__ import annotations
 
@@ -55,6 +55,10 @@ class Planned:
             raise RuntimeError(self.library.last_text().decode())
 
 
+def _sizes(problem: Problem) -> _Sizes:
+    return _Sizes(problem.m, problem.n, problem.k, problem.group_size, 8, 0)
+
+
 def build(folder: pathlib.Path, architecture: str = "90a") -> pathlib.Path:
     """Compile the library into `folder`, unless it is there and newer than every source.
 
@@ -104,10 +108,20 @@ def plan(library: ctypes.CDLL, problem: Problem, device: Device, *, every: bool 
       RuntimeError: no kernel takes the problem; the message says why.
     """
     count = ctypes.c_int()
-    sizes = _Sizes(problem.m, problem.n, problem.k, problem.group_size, 8, 0)
-    args = (ctypes.byref(sizes), device.compute_capability, device.sm_count, int(every), ctypes.byref(count))
+    args = (ctypes.byref(_sizes(problem)), device.compute_capability, device.sm_count, int(every), ctypes.byref(count))
     first = library.plan_calls(*args)
     if first < 0:
         raise RuntimeError(library.last_text().decode())
     handles = range(first, first + count.value)
     return [Planned(library, h, library.name_of(h).decode(), library.split_k_of(h)) for h in handles]
+
+
+def dequantize(library: ctypes.CDLL, problem: Problem, packed: int, scales_and_zeros: int, w: int, stream: int) -> None:
+    """Enqueue dequantize of a problem's weight, on buffers given by their addresses.
+
+    Raises:
+      RuntimeError: the launch failed; the message says why.
+    """
+    pointers = (ctypes.c_void_p(address) for address in (packed, scales_and_zeros, w, stream))
+    if library.dequantize(ctypes.byref(_sizes(problem)), *pointers) != 0:
+        raise RuntimeError(library.last_text().decode())

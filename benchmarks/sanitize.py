@@ -2,7 +2,8 @@
 
     python benchmarks/sanitize.py --output benchmarks/results/h200/sanitizer.txt
 
-memcheck, racecheck and initcheck each run every kernel by name on golden cases. Meanwhile JAX takes its memory from
+memcheck, racecheck and initcheck each run every kernel by name on golden cases, and memcheck and initcheck that of
+dequantize, which has no shared memory for racecheck to watch. Meanwhile JAX takes its memory from
 cudaMallocAsync, whose allocations the tools know to the byte, so that an access past the end of a buffer is one past an
 allocation. That this holds is shown first: a kernel writes one float past the end of a JAX array (cupy compiles it),
 and the run must fail.
@@ -16,14 +17,22 @@ import pathlib
 import subprocess
 import sys
 
-TESTS = "tests/ops/test_int4pack_mm.py"
+PRODUCTS = "tests/ops/test_int4pack_mm.py"
 # Every kernel by name, and a Hopper tile whose last tiles are divided by rows. memcheck takes ragged n and long sums
 # too; the slower tools take four of the golden cases.
 DIVIDED = "test_a_last_wave_of_few_tiles and 128x48 and bfloat16"
 WIDE = f"not reference and (test_golden_cases or test_every_n_and_long_sums or ({DIVIDED}))"
 FOUR = "n24_k640 or n128_k512 or n32_k256 or n128_k768"
 NARROW = f"not reference and ((test_golden_cases and ({FOUR})) or ({DIVIDED}))"
-SELECTIONS = {"memcheck": WIDE, "racecheck": NARROW, "initcheck": NARROW}
+WEIGHTS = "tests/ops/test_dequantize.py"
+SMALL = "cuda_kernel and not 2_to_the_31"
+RUNS = (
+    ("memcheck", PRODUCTS, WIDE),
+    ("racecheck", PRODUCTS, NARROW),
+    ("initcheck", PRODUCTS, NARROW),
+    ("memcheck", WEIGHTS, SMALL),
+    ("initcheck", WEIGHTS, SMALL),
+)
 FOUND = 9  # compute-sanitizer's exit code where it found something.
 
 # Writes one float `past` bytes beyond the end of a JAX array of 4 KiB.
@@ -75,10 +84,10 @@ def main() -> None:
         verdict = "caught" if code == FOUND else f"NOT CAUGHT (exit code {code})"
         report.append(f"planted overrun of a JAX array, {past} bytes past its end, memcheck: {verdict}\n{said}")
         failed |= code != FOUND
-    for tool, selection in SELECTIONS.items():
-        code, said = run(tool, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", TESTS, "-k", selection])
+    for tool, tests, selection in RUNS:
+        code, said = run(tool, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", tests, "-k", selection])
         verdict = "clean" if code == 0 else f"exit code {code}"
-        report.append(f"{tool} over {TESTS} -k '{selection}': {verdict}\n{said}")
+        report.append(f"{tool} over {tests} -k '{selection}': {verdict}\n{said}")
         failed |= code != 0
         print(report[-1], flush=True)
 

@@ -81,7 +81,7 @@ int launch(int handle, const void* x, const void* packed, const void* scales_and
   operands.x = static_cast<const uint16_t*>(x);
   operands.packed = static_cast<const uint32_t*>(packed);
   operands.scales_and_zeros = static_cast<const uint16_t*>(scales_and_zeros);
-  operands.y = static_cast<uint16_t*>(y);
+  operands.y = y;
   return Report(Launch(planned[handle].problem, operands, planned[handle].plan, static_cast<cudaStream_t>(stream)));
 }
 

@@ -56,7 +56,7 @@ class XlaThreadPool final : public ThreadPool {
 Status Run(const Call& call, std::string_view implementation, ffi::ThreadPool ffi_pool) {
   const StatusOr<Plan> plan = MakePlan(call.problem, ThisCpu(), implementation);
   if (!plan.ok()) return plan.status();
-  if (call.problem.m == 0) return Status();
+  if (call.problem.Empty()) return Status();
   XlaThreadPool pool(ffi_pool);
   Status status = Launch(call.problem, *plan, call.operands, pool);
   if (status.ok()) {
@@ -107,8 +107,8 @@ std::vector<std::string> Isas() {
 }
 
 Problem MakeProblem(int64_t m, int64_t n, int64_t k, int64_t group_size, int64_t inner_k_tiles,
-                    const std::string& dtype) {
-  Problem problem{m, n, k, group_size, inner_k_tiles, DType::kBFloat16};
+                    const std::string& dtype, int64_t batch, bool shared_x, bool float32_result) {
+  Problem problem{m, n, k, group_size, inner_k_tiles, DType::kBFloat16, float32_result, batch, shared_x};
   for (const DType one : {DType::kBFloat16, DType::kFloat16}) {
     problem.dtype = one;
     if (dtype == DTypeName(one)) return problem;
@@ -127,16 +127,17 @@ nb::dict ToPython(const Explanation& e) {
 }
 
 nb::dict PlanHere(int64_t m, int64_t n, int64_t k, int64_t group_size, int64_t inner_k_tiles, const std::string& dtype,
-                  const std::string& implementation) {
-  const Problem problem = MakeProblem(m, n, k, group_size, inner_k_tiles, dtype);
+                  const std::string& implementation, int64_t batch, bool shared_x, bool float32_result) {
+  const Problem problem = MakeProblem(m, n, k, group_size, inner_k_tiles, dtype, batch, shared_x, float32_result);
   const StatusOr<Plan> plan = MakePlan(problem, ThisCpu(), implementation);
   if (!plan.ok()) throw nb::value_error(plan.status().message().c_str());
   return ToPython(Explain(problem, *plan));
 }
 
 nb::dict PlanCuda(int64_t m, int64_t n, int64_t k, int64_t group_size, int64_t inner_k_tiles, const std::string& dtype,
-                  const std::string& implementation, int compute_capability, int sm_count) {
-  const Problem problem = MakeProblem(m, n, k, group_size, inner_k_tiles, dtype);
+                  const std::string& implementation, int compute_capability, int sm_count, int64_t batch, bool shared_x,
+                  bool float32_result) {
+  const Problem problem = MakeProblem(m, n, k, group_size, inner_k_tiles, dtype, batch, shared_x, float32_result);
   const cuda::DeviceDescription device{compute_capability, sm_count};
   const StatusOr<cuda::Plan> plan = cuda::MakePlan(problem, device, implementation);
   if (!plan.ok()) throw nb::value_error(plan.status().message().c_str());
@@ -163,9 +164,11 @@ NB_MODULE(_cpu, module) {
   module.def("isas", &Isas, "The implementations that this CPU can run, best first.");
   module.def(
       "plan", &PlanHere, "m"_a, "n"_a, "k"_a, "group_size"_a, "inner_k_tiles"_a, "dtype"_a, "implementation"_a,
+      "batch"_a = 1, "shared_x"_a = false, "float32_result"_a = false,
       "The plan of one problem on this CPU; m = -1 is not known yet. Raises ValueError where none can serve it.");
   module.def("cuda_plan", &PlanCuda, "m"_a, "n"_a, "k"_a, "group_size"_a, "inner_k_tiles"_a, "dtype"_a,
-             "implementation"_a, "compute_capability"_a, "sm_count"_a,
+             "implementation"_a, "compute_capability"_a, "sm_count"_a, "batch"_a = 1, "shared_x"_a = false,
+             "float32_result"_a = false,
              "The plan of one problem on a GPU of this compute capability (10 * major + minor) and number of SMs.");
 }
 

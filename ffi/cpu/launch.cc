@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "core/ceil_div.h"
+#include "core/layout.h"
 #include "cpu/float_environment.h"
 #include "cpu/kernels/kernel.h"
 
@@ -12,6 +13,7 @@ namespace int4mm::cpu {
 namespace {
 
 constexpr int64_t kActivationsPerTask = 32 * 1024;
+constexpr int64_t kTasksPerThread = 4;  // So that threads that are late or slow have little left to wait for.
 constexpr int64_t kCacheLine = 64;
 
 int64_t WholeLines(int64_t floats) {
@@ -39,45 +41,74 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
+// Those of one product of the batch.
+Operands OperandsOf(const Problem& p, const Operands& all, int64_t product) {
+  Operands one;
+  one.x = all.x + (p.shared_x ? 0 : product * p.m * p.k);
+  one.packed = all.packed + product * layout::PackedWords(p.n, p.k);
+  one.scales_and_zeros = all.scales_and_zeros + product * layout::ScaleIndex(p.k / p.group_size, 0, p.n);
+  one.y = static_cast<char*>(all.y) + product * p.m * p.n * (p.float32_result ? 4 : 2);
+  return one;
+}
+
 }  // namespace
 
 Status Launch(const Problem& problem, const Plan& plan, const Operands& operands, ThreadPool& pool) {
-  if (problem.m == 0) return Status();
+  if (problem.Empty()) return Status();
   const Kernel& kernel = KernelOf(plan.isa);
   const int64_t tokens = std::min(plan.tokens_per_pass, problem.m);
-  const int64_t tasks = CeilDiv(problem.n, plan.rows_per_task);
-  const int64_t workers = std::max(std::min(pool.num_threads(), tasks), int64_t{1});
+  const int64_t tasks = CeilDiv(problem.n, plan.rows_per_task);  // Of one product.
+  // Of a batch of small products, some at a time.
+  const int64_t enough = kTasksPerThread * pool.num_threads();
+  const int64_t products = std::min(CeilDiv(std::max(enough, int64_t{1}), tasks), problem.batch);
+  const int64_t workers = std::max(std::min(pool.num_threads(), products * tasks), int64_t{1});
 
   const int64_t rows = plan.rows_per_task;
   const int64_t activations = WholeLines(tokens * problem.k);
   const int64_t scratch = WholeLines(plan.panel ? PanelScratchFloats(tokens, kernel.lanes)
                                                 : DirectScratchFloats(rows, tokens, kernel.lanes));
-  const int64_t bytes = (activations + workers * scratch) * static_cast<int64_t>(sizeof(float));
+  const int64_t floats = (problem.shared_x ? 1 : products) * activations + workers * scratch;
+  const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
   const std::unique_ptr<float, Free> buffer(
       static_cast<float*>(std::aligned_alloc(kCacheLine, static_cast<size_t>(bytes))));
   if (buffer == nullptr) {
     return Internal() << "int4pack_mm: no memory for " << bytes
                       << " bytes of activations and dequantised weights. Split x along m, or free memory.";
   }
+  float* const first_scratch = buffer.get() + floats - workers * scratch;
 
-  MatmulArgs args;
-  args.problem = problem;
-  args.operands = operands;
-  args.x = buffer.get();
-  for (args.first_token = 0; args.first_token < problem.m; args.first_token += tokens) {
-    args.tokens = std::min(tokens, problem.m - args.first_token);
-    const int64_t step = std::max(kActivationsPerTask / problem.k, int64_t{1});
-    ParallelFor(pool, CeilDiv(args.tokens, step), workers, [&](int64_t task, int64_t) {
-      const ScopedFloatEnvironment environment;
-      const int64_t end = std::min((task + 1) * step, args.tokens);
-      for (int64_t token = task * step; token < end; ++token) kernel.order_activations(args, token);
-    });
-    ParallelFor(pool, tasks, workers, [&](int64_t task, int64_t worker) {
-      const ScopedFloatEnvironment environment;
-      const int64_t begin = task * rows;
-      const int64_t end = std::min(begin + rows, problem.n);
-      (plan.panel ? kernel.panel : kernel.direct)(args, begin, end, buffer.get() + activations + worker * scratch);
-    });
+  const int64_t step = std::max(kActivationsPerTask / problem.k, int64_t{1});
+  for (int64_t first_product = 0; first_product < problem.batch; first_product += products) {
+    const int64_t some_products = std::min(products, problem.batch - first_product);
+    for (int64_t first_token = 0; first_token < problem.m; first_token += tokens) {
+      const int64_t some_tokens = std::min(tokens, problem.m - first_token);
+      const auto args_of = [&](int64_t product) {
+        MatmulArgs args;
+        args.problem = problem;
+        args.operands = OperandsOf(problem, operands, first_product + product);
+        args.first_token = first_token;
+        args.tokens = some_tokens;
+        args.x = buffer.get() + (problem.shared_x ? 0 : product * activations);
+        return args;
+      };
+      const int64_t steps = CeilDiv(some_tokens, step);
+      const bool ordered = problem.shared_x && first_product > 0 && tokens == problem.m;
+      const int64_t to_order = ordered ? 0 : problem.shared_x ? 1 : some_products;
+      ParallelFor(pool, to_order * steps, workers, [&](int64_t task, int64_t) {
+        const ScopedFloatEnvironment environment;
+        const MatmulArgs args = args_of(task / steps);
+        const int64_t begin = task % steps * step;
+        const int64_t end = std::min(begin + step, some_tokens);
+        for (int64_t token = begin; token < end; ++token) kernel.order_activations(args, token);
+      });
+      ParallelFor(pool, some_products * tasks, workers, [&](int64_t task, int64_t worker) {
+        const ScopedFloatEnvironment environment;
+        const MatmulArgs args = args_of(task / tasks);
+        const int64_t begin = task % tasks * rows;
+        const int64_t end = std::min(begin + rows, problem.n);
+        (plan.panel ? kernel.panel : kernel.direct)(args, begin, end, first_scratch + worker * scratch);
+      });
+    }
   }
   return Status();
 }

@@ -13,7 +13,8 @@ using ampere::Config;
 using ampere::kConfigs;
 using ampere::kStepK;
 
-constexpr int64_t kMostTiles = std::numeric_limits<int32_t>::max();  // Blocks of one launch.
+constexpr int64_t kMostTiles = std::numeric_limits<int32_t>::max();  // gridDim.x
+constexpr int64_t kMostProducts = 65535;                             // gridDim.z
 
 // Clocks of a step in a tile, measured on an H200 (docs/kernels/ampere.md): with one CTA on an SM, and with min_ctas.
 struct StepClocks {
@@ -41,7 +42,7 @@ double EstimatedClocks(const Problem& p, const DeviceDescription& device, int co
   constexpr double kPerOutput = 0.453;
   constexpr int kReservedBytes = 1024;  // Of shared memory, for each CTA.
   const Config& c = kConfigs[config];
-  const int64_t tiles = CeilDiv(p.m, c.tokens) * CeilDiv(p.n, c.TileN());
+  const int64_t tiles = p.batch * CeilDiv(p.m, c.tokens) * CeilDiv(p.n, c.TileN());
   const int64_t tiles_per_sm = CeilDiv(tiles, device.sm_count);
   const int fitting = (device.SharedBytesPerCta() + kReservedBytes) / (c.SharedBytes() + kReservedBytes);
   const int resident = std::min(c.min_ctas, fitting);
@@ -74,6 +75,7 @@ int ChooseConfig(const Problem& p, const DeviceDescription& device) {
 }  // namespace
 
 std::optional<AmperePlan> PlanAmpere(const Problem& problem, const DeviceDescription& device, int config) {
+  if (problem.batch > kMostProducts) return std::nullopt;
   AmperePlan plan;
   plan.config = config >= 0 ? config : ChooseConfig(problem, device);
   const Config& c = kConfigs[plan.config];

@@ -12,7 +12,8 @@ using decode::Config;
 using decode::kConfigs;
 using decode::Schedule;
 
-constexpr int64_t kMostTokenBlocks = 65535;  // gridDim.y
+constexpr int64_t kMostBlocks = 65535;             // gridDim.y, of tokens, and gridDim.z, of the batch.
+constexpr int64_t kMostTokens = int64_t{1} << 30;  // Of the whole batch: the kernel counts them in 32 bits.
 
 // What decides among schedules that fit is how many steps the slowest warp takes one after another; a warp with few row
 // tiles under way waits for memory in each. In a sweep of every schedule (14 shapes, m = 1, 8 and 16, group sizes 32
@@ -33,12 +34,15 @@ std::optional<Schedule> MakeSchedule(const Problem& problem, const DeviceDescrip
                                      int warps_n) {
   const Config& c = kConfigs[config];
   const int64_t token_blocks = CeilDiv(problem.m, c.tokens);
-  if (problem.inner_k_tiles != 8 || token_blocks > kMostTokenBlocks) return std::nullopt;
+  if (problem.inner_k_tiles != 8 || token_blocks > kMostBlocks || problem.batch > kMostBlocks) return std::nullopt;
+  if (problem.batch * problem.m > kMostTokens) return std::nullopt;
   if (warps_k * warps_n > c.most_warps) return std::nullopt;
   const int tiles = static_cast<int>(problem.n / 8);
   const int tokens = static_cast<int>(std::min<int64_t>(problem.m, c.tokens));
   Schedule s;
-  s.ctas = std::min(device.sm_count, tiles);
+  // The products of a batch run side by side and share the SMs.
+  const int64_t sm_share = std::max(device.sm_count / std::max(problem.batch, int64_t{1}), int64_t{1});
+  s.ctas = static_cast<int>(std::min<int64_t>(sm_share, tiles));
   s.token_blocks = static_cast<int>(token_blocks);
   s.warps_k = warps_k;
   s.warps_n = warps_n;

@@ -17,8 +17,8 @@ struct DecodePlan {
 // For so few tokens the plan prefers it, although it reads the weight once for every 16 of them.
 inline constexpr int kDecodeTokens = 32;
 
-// The best schedule, of one config or of all (config < 0); m is known. None where inner_k_tiles is not 8, or where m is
-// more than a grid holds.
+// The best schedule, of one config or of all (config < 0); m is known. None where inner_k_tiles is not 8, or where m or
+// the batch is more than a grid holds.
 std::optional<DecodePlan> PlanDecode(const Problem& problem, const DeviceDescription& device, int config);
 
 }  // namespace int4mm::cuda

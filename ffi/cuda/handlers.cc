@@ -74,7 +74,7 @@ Status Run(const Call& call, std::string_view implementation, cudaStream_t strea
   if (!device.ok()) return device.status();
   const StatusOr<Plan> plan = MakePlan(call.problem, *device, implementation);
   if (!plan.ok()) return plan.status();
-  if (call.problem.m == 0) return Status();
+  if (call.problem.Empty()) return Status();
   if (plan->workspace_bytes > call.workspace_bytes) {
     return FailedPrecondition() << "int4pack_mm: this GPU (sm_" << device->compute_capability << ", "
                                 << device->sm_count << " SMs) needs a workspace of " << plan->workspace_bytes

@@ -64,6 +64,8 @@ int64_t MostClusters(const DeviceDescription& device, int split_k) {
 // Steps of the CTA of a tile that has the most.
 int64_t MostSteps(const Problem& p, int split_k) { return CeilDiv(CeilDiv(p.k, hopper::kStepK), split_k); }
 
+int64_t Tiles(const Problem& p, const HopperPlan& plan) { return p.batch * plan.tiles_m * plan.tiles_n; }
+
 // Estimated microseconds of a call, but for what all schedules have in common.
 double Cost(const Problem& p, const DeviceDescription& device, const HopperPlan& plan) {
   constexpr double kPerTile = -0.0188;        // Its start and its output,
@@ -76,7 +78,7 @@ double Cost(const Problem& p, const DeviceDescription& device, const HopperPlan&
   constexpr double kAlone = 1.3437;  // A warpgroup alone in a CTA: the CTA copies as much, for less work.
   const Config& c = kConfigs[plan.config];
   const int split_k = plan.schedule.split_k;
-  const int64_t tiles = plan.tiles_m * plan.tiles_n;
+  const int64_t tiles = Tiles(p, plan);
   const StepTime& time = kStepTimes[plan.config];
   const double step = hopper::GroupsPerStep(p.group_size) == 1 ? time.one_group : time.more_groups;
   const double busy = static_cast<double>(std::min<int64_t>(tiles * split_k, device.sm_count)) / device.sm_count;
@@ -97,8 +99,8 @@ std::optional<HopperPlan> MakeHopperPlan(const Problem& problem, const DeviceDes
   plan.config = config;
   plan.tiles_m = CeilDiv(problem.m, c.tokens);
   plan.tiles_n = CeilDiv(problem.n, c.Rows());
-  if (plan.tiles_m > kMostTiles / plan.tiles_n) return std::nullopt;
-  const int64_t tiles = plan.tiles_m * plan.tiles_n;
+  const int64_t tiles = Tiles(problem, plan);
+  if (tiles > kMostTiles) return std::nullopt;
   const int64_t most_clusters = MostClusters(device, split_k);
   // Sums are exchanged through shared memory that the next tile would need: no CTA takes two tiles.
   if (split_k > 1 && (tiles > most_clusters || split_k > CeilDiv(problem.k, hopper::kStepK))) return std::nullopt;
@@ -117,7 +119,7 @@ std::optional<HopperPlan> MakeHopperPlan(const Problem& problem, const DeviceDes
 
 template <typename Visit>
 void ForEachPlan(const Problem& problem, const DeviceDescription& device, int config, const Visit& visit) {
-  if (!device.HasHopperKernel() || problem.m > kMostTokens) return;
+  if (!device.HasHopperKernel() || problem.m > kMostTokens || problem.Empty()) return;
   for (int i = 0; i < static_cast<int>(kConfigs.size()); ++i) {
     if (config >= 0 && i != config) continue;
     for (const int split_k : {1, 2, 4, 8}) {

@@ -13,8 +13,8 @@
 namespace int4mm::cuda {
 
 struct HopperPlan {
-  int config = 0;  // Index into hopper::kConfigs.
-  int64_t tiles_m = 0;
+  int config = 0;       // Index into hopper::kConfigs.
+  int64_t tiles_m = 0;  // Of each product of the batch.
   int64_t tiles_n = 0;
   hopper::Schedule schedule;
 };
@@ -25,8 +25,8 @@ inline constexpr int kHopperTokens = 17;
 // Every tile and way to divide k that the device has room for, to be timed.
 std::vector<HopperPlan> EveryHopperPlan(const Problem& problem, const DeviceDescription& device);
 
-// The best schedule, of one config or of all (config < 0); m is known and not 0. None where the device is not a Hopper
-// GPU with the kernel compiled for it, or where there are more tiles than a launch holds.
+// The best schedule, of one config or of all (config < 0); m is known. None where y is empty, where the device is not a
+// Hopper GPU with the kernel compiled for it, or where there are more tiles than a launch holds.
 std::optional<HopperPlan> PlanHopper(const Problem& problem, const DeviceDescription& device, int config);
 
 }  // namespace int4mm::cuda

@@ -12,7 +12,8 @@
 namespace int4mm::cuda {
 namespace {
 
-constexpr int64_t kMostRows = int64_t{1} << 30;  // Of n and of k: the kernels index within a row of tiles in 32 bits.
+constexpr int64_t kMostRows = int64_t{1} << 30;  // Of n and of k: the kernels index within a row of tiles in 32 bits,
+constexpr int64_t kMostRowsOfBatch = int64_t{1} << 33;  // and count n-tiles and groups of the whole batch in 32 bits.
 constexpr std::string_view kRemedy = "Leave implementation=None to choose.";
 constexpr std::string_view kAmpereName = "ampere";
 constexpr std::string_view kDecodeName = "decode";
@@ -92,9 +93,9 @@ StatusOr<Plan> MakeDecodePlan(const Problem& problem, const DeviceDescription& d
   }
   const std::optional<DecodePlan> decode = PlanDecode(problem, device, config);
   if (!decode) {
-    return Unimplemented() << "int4pack_mm: the decode kernel has no schedule for m " << problem.m << " on sm_"
-                           << device.compute_capability << " with " << device.SharedBytesPerCta()
-                           << " bytes of shared memory a CTA. " << kRemedy;
+    return Unimplemented() << "int4pack_mm: the decode kernel has no schedule for m " << problem.m << " and batch "
+                           << problem.batch << " on sm_" << device.compute_capability << " with "
+                           << device.SharedBytesPerCta() << " bytes of shared memory a CTA. " << kRemedy;
   }
   return ToPlan(*decode);
 }
@@ -108,12 +109,12 @@ StatusOr<Plan> MakeHopperPlan(const Problem& problem, const DeviceDescription& d
                            << (device.has_sm_90a_code ? "" : ", and the build has no code for sm_90a") << ". "
                            << kRemedy;
   }
-  // Without rows of x nothing is launched.
-  if (problem.m == 0) return ToPlan(HopperPlan{std::max(config, 0), 0, 0, hopper::Schedule()});
+  if (problem.Empty()) return ToPlan(HopperPlan{std::max(config, 0), 0, 0, hopper::Schedule()});
   const std::optional<HopperPlan> hopper = PlanHopper(problem, device, config);
   if (!hopper) {
-    return Unimplemented() << "int4pack_mm: m " << problem.m << " and n " << problem.n
-                           << " make more tiles than one launch of the Hopper kernel holds. Split x along m.";
+    return Unimplemented() << "int4pack_mm: m " << problem.m << ", n " << problem.n << " and batch " << problem.batch
+                           << " make more tiles than one launch of the Hopper kernel holds. Split x along m, or the "
+                              "batch.";
   }
   return ToPlan(*hopper);
 }
@@ -123,8 +124,9 @@ StatusOr<Plan> MakeAmperePlan(const Problem& problem, const DeviceDescription& d
   if (problem.m == kUnknownM) return ToPlan(AmperePlan{std::max(config, 0), 0, 0});
   const std::optional<AmperePlan> ampere = PlanAmpere(problem, device, config);
   if (!ampere) {
-    return Unimplemented() << "int4pack_mm: m " << problem.m << " and n " << problem.n
-                           << " make more tiles than one launch holds. Split x along m.";
+    return Unimplemented() << "int4pack_mm: m " << problem.m << ", n " << problem.n << " and batch " << problem.batch
+                           << " make more tiles, or more than the 65535 products, that one launch holds. Split x along "
+                              "m, or the batch.";
   }
   return ToPlan(*ampere);
 }
@@ -151,6 +153,11 @@ StatusOr<Plan> MakePlan(const Problem& problem, const DeviceDescription& device,
   if (problem.n > kMostRows || problem.k > kMostRows) {
     return Unimplemented() << "int4pack_mm: n and k are " << problem.n << " and " << problem.k
                            << "; the CUDA kernels take up to " << kMostRows << " of each. Split the weight.";
+  }
+  if (problem.batch > kMostRowsOfBatch / std::max(problem.n, problem.k)) {
+    return Unimplemented() << "int4pack_mm: n, k and batch are " << problem.n << ", " << problem.k << " and "
+                           << problem.batch << "; the CUDA kernels take up to " << kMostRowsOfBatch
+                           << " of n, and of k, in the whole batch. Split the batch.";
   }
   const std::string_view name = implementation.substr(0, implementation.find('/'));
   const Kernel kernel = name == kDecodeName ? Kernel::kDecode : name == kHopperName ? Kernel::kHopper : Kernel::kAmpere;
@@ -212,6 +219,7 @@ Explanation Explain(const Problem& problem, const DeviceDescription& device, con
            << c.TileN() << " rows of w by " << c.tokens << " tokens on " << device.sm_count << " SMs, k over "
            << c.warps_k << (c.warps_k == 1 ? " slice" : " slices") << " of each CTA";
   }
+  if (problem.batch != 1) reason << "; one launch for all " << problem.batch << " products of the batch";
   e.reason = reason.str();
   return e;
 }

@@ -23,7 +23,7 @@ struct Plan {
   Kernel kernel = Kernel::kAmpere;
   int config = 0;  // Index into the kernel's table of tiles; meaningless while m is kUnknownM.
   int64_t workspace_bytes = 0;
-  // Tiles of the output, of the ampere and the Hopper kernel.
+  // Tiles of the output of each product of the batch, of the ampere and the Hopper kernel.
   int64_t tiles_m = 0;
   int64_t tiles_n = 0;
   decode::Schedule decode;  // Of the kernel of that name, as

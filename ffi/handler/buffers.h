@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <initializer_list>
 #include <string>
 
 #include "core/status.h"
@@ -27,19 +26,18 @@ inline xla::ffi::Error ToXla(const Status& status) {
   return xla::ffi::Error(xla::ffi::ErrorCode::kInternal, status.message());
 }
 
-// A buffer's dimensions for a message: "[2, 64]".
-inline std::string Dimensions(const xla::ffi::AnyBuffer& buffer) {
+using Sizes = xla::ffi::AnyBuffer::Dimensions;
+
+// For a message: "[2, 64]".
+inline std::string Text(Sizes sizes) {
   std::string text = "[";
-  for (const int64_t size : buffer.dimensions()) {
+  for (const int64_t size : sizes) {
     if (text.size() > 1) text += ", ";
     text += std::to_string(size);
   }
   return text + "]";
 }
 
-inline bool HasDimensions(const xla::ffi::AnyBuffer& buffer, std::initializer_list<int64_t> sizes) {
-  const auto dimensions = buffer.dimensions();
-  return dimensions.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), dimensions.begin());
-}
+inline bool Equal(Sizes a, Sizes b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); }
 
 }  // namespace int4mm

@@ -2,6 +2,7 @@
 // relies on checked.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -34,11 +35,10 @@ inline StatusOr<DequantizeCall> DecodeDequantizeCall(const xla::ffi::AnyBuffer& 
   if (packed.element_type() != DataType::S32) {
     return InvalidArgument() << "dequantize: packed must be int32, as pack_int4 makes it.";
   }
-  const auto tiles = packed.dimensions();
-  const bool batched = tiles.size() == 5;
-  const size_t first = batched ? 1 : 0;  // Behind the batch.
-  if (tiles.size() != first + 4 || tiles[first + 2] != layout::kLanes) {
-    return InvalidArgument() << "dequantize: packed is " << Dimensions(packed)
+  const Sizes tiles = packed.dimensions();
+  const size_t batched = tiles.size() == 5 ? 1 : 0;
+  if (tiles.size() != 4 + batched || tiles[batched + 2] != layout::kLanes) {
+    return InvalidArgument() << "dequantize: packed is " << Text(tiles)
                              << "; it must be [n/8, k/(16*inner_k_tiles), 32, inner_k_tiles/2], with a batch dimension "
                                 "in front or without. Make it with pack_int4.";
   }
@@ -47,25 +47,23 @@ inline StatusOr<DequantizeCall> DecodeDequantizeCall(const xla::ffi::AnyBuffer& 
   DequantizeProblem& p = call.problem;
   p.dtype = dtype == DataType::BF16 ? DType::kBFloat16 : DType::kFloat16;
   p.group_size = group_size;
-  p.inner_k_tiles = 2 * tiles[first + 3];
-  p.batch = batched ? tiles[0] : 1;
-  p.n = tiles[first] * layout::kTileN;
-  p.k = tiles[first + 1] * layout::TileK(p.inner_k_tiles);
+  p.inner_k_tiles = 2 * tiles[batched + 3];
+  if (batched == 1) p.batch = tiles[0];
+  p.n = tiles[batched] * layout::kTileN;
+  p.k = tiles[batched + 1] * layout::TileK(p.inner_k_tiles);
   if (Status status = Validate(p); !status.ok()) return status;
-  const int64_t groups = p.k / p.group_size;
-  if (batched ? !HasDimensions(scales_and_zeros, {p.batch, groups, p.n, 2})
-              : !HasDimensions(scales_and_zeros, {groups, p.n, 2})) {
-    StatusBuilder refusal = InvalidArgument();
-    refusal << "dequantize: scales_and_zeros is " << Dimensions(scales_and_zeros) << "; with packed "
-            << Dimensions(packed) << " and group_size " << p.group_size << " it must be [";
-    if (batched) refusal << p.batch << ", ";
-    return refusal << groups << ", " << p.n << ", 2].";
+  const std::array<int64_t, 4> scales_of_batch = {p.batch, p.k / p.group_size, p.n, 2};
+  const Sizes scales_sizes(scales_of_batch.data() + 1 - batched, 3 + batched);
+  if (!Equal(scales_and_zeros.dimensions(), scales_sizes)) {
+    return InvalidArgument() << "dequantize: scales_and_zeros is " << Text(scales_and_zeros.dimensions())
+                             << "; with packed " << Text(tiles) << " and group_size " << p.group_size << " it must be "
+                             << Text(scales_sizes) << ".";
   }
-  if (batched ? !HasDimensions(w, {p.batch, p.n, p.k}) : !HasDimensions(w, {p.n, p.k})) {
-    StatusBuilder refusal = InvalidArgument();
-    refusal << "dequantize: w is " << Dimensions(w) << "; with packed " << Dimensions(packed) << " it must be [";
-    if (batched) refusal << p.batch << ", ";
-    return refusal << p.n << ", " << p.k << "].";
+  const std::array<int64_t, 3> w_of_batch = {p.batch, p.n, p.k};
+  const Sizes w_sizes(w_of_batch.data() + 1 - batched, 2 + batched);
+  if (!Equal(w.dimensions(), w_sizes)) {
+    return InvalidArgument() << "dequantize: w is " << Text(w.dimensions()) << "; with packed " << Text(tiles)
+                             << " it must be " << Text(w_sizes) << ".";
   }
 
   call.operands.packed = static_cast<const uint32_t*>(packed.untyped_data());

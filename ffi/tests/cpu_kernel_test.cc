@@ -136,7 +136,7 @@ enum class Scales { kOrdinary, kTraps, kSubnormal, kAnyExponent };
 
 struct Case {
   Problem problem;
-  std::vector<uint8_t> q;  // [n][k]
+  std::vector<uint8_t> q;  // [n][k]; of a batch, unused.
   GuardedArray<uint16_t> x;
   GuardedArray<uint32_t> packed;
   GuardedArray<uint16_t> scales_and_zeros;
@@ -145,12 +145,12 @@ struct Case {
   explicit Case(const Problem& p)
       : problem(p),
         q(static_cast<size_t>(p.n * p.k)),
-        x(p.m * p.k),
-        packed(p.n * p.k / 8),
-        scales_and_zeros(p.k / p.group_size * p.n * 2),
+        x((p.shared_x ? 1 : p.batch) * p.m * p.k),
+        packed(p.batch * p.n * p.k / 8),
+        scales_and_zeros(p.batch * p.k / p.group_size * p.n * 2),
         weights(static_cast<size_t>(p.n * p.k)) {}
 
-  Operands operands(uint16_t* y) { return {x.data(), packed.data(), scales_and_zeros.data(), y}; }
+  Operands operands() { return {x.data(), packed.data(), scales_and_zeros.data(), nullptr}; }
 };
 
 // The format as the specification words it, one nibble at a time.
@@ -173,7 +173,8 @@ void Pack(Case& c) {
 std::string Name(const Problem& p) {
   std::ostringstream name;
   name << DTypeName(p.dtype) << " m=" << p.m << " n=" << p.n << " k=" << p.k << " group_size=" << p.group_size
-       << " inner_k_tiles=" << p.inner_k_tiles;
+       << " inner_k_tiles=" << p.inner_k_tiles << " batch=" << p.batch << (p.shared_x ? " with one x" : "")
+       << (p.float32_result ? ", float32 result" : "");
   return name.str();
 }
 
@@ -258,23 +259,58 @@ void Fill(Case& c, Scales scales, std::mt19937_64& random) {
   for (uint16_t& x : c.x) x = Encode(c.problem.dtype, Round(c.problem.dtype, normal(random)));
 }
 
-constexpr uint16_t kPoison = 0x7FB1;  // A NaN in both types, and never the result of these cases.
+// NaNs, the first in both types of 16 bits, and never the result of these cases.
+constexpr uint16_t kPoison = 0x7FB1;
+constexpr uint32_t kPoison32 = 0x7FB1FEED;
 
-// y of the first m tokens, on `threads` threads, by the kernels of one instruction set.
-std::vector<uint16_t> Run(Case& c, Isa isa, int64_t m, int64_t threads) {
-  Problem problem = c.problem;
-  problem.m = m;
-  GuardedArray<uint16_t> y(m * problem.n);
-  std::fill(y.begin(), y.end(), kPoison);
+// The bits of y, on `threads` threads, by the kernels of one instruction set.
+template <typename Bits>
+std::vector<Bits> Run(const Problem& problem, Operands operands, Isa isa, int64_t threads) {
+  constexpr Bits kUnwritten = sizeof(Bits) == 2 ? kPoison : kPoison32;
+  GuardedArray<Bits> y(problem.batch * problem.m * problem.n);
+  std::fill(y.begin(), y.end(), kUnwritten);
+  operands.y = y.data();
   const StatusOr<Plan> plan = MakePlan(problem, DetectCpuFeatures(), IsaName(isa));
   EXPECT(plan.ok()) << plan.status().message();
   StdThreadPool pool(threads);
-  const Status status = Launch(problem, *plan, c.operands(y.data()), pool);
+  const Status status = Launch(problem, *plan, operands, pool);
   EXPECT(status.ok()) << status.message();
   EXPECT(y.BandIntact()) << IsaName(isa) << " wrote before y, " << Name(problem);
-  EXPECT(std::find(y.begin(), y.end(), kPoison) == y.end())
+  EXPECT(std::find(y.begin(), y.end(), kUnwritten) == y.end())
       << IsaName(isa) << " left outputs unwritten, " << Name(problem);
-  return std::vector<uint16_t>(y.begin(), y.end());
+  return std::vector<Bits>(y.begin(), y.end());
+}
+
+// Of the first m tokens.
+std::vector<uint16_t> Run(Case& c, Isa isa, int64_t m, int64_t threads) {
+  Problem problem = c.problem;
+  problem.m = m;
+  return Run<uint16_t>(problem, c.operands(), isa, threads);
+}
+
+std::vector<float> RunFloat32(Case& c, Isa isa, int64_t m, int64_t threads) {
+  Problem problem = c.problem;
+  problem.m = m;
+  problem.float32_result = true;
+  const std::vector<uint32_t> bits = Run<uint32_t>(problem, c.operands(), isa, threads);
+  std::vector<float> y(bits.size());
+  std::memcpy(y.data(), bits.data(), bits.size() * sizeof(float));
+  return y;
+}
+
+// y in f32: near to the sums, and what is rounded where it has 16 bits.
+void ExpectSums(Case& c, Isa isa, const std::vector<float>& sums, const std::vector<uint16_t>& y,
+                const std::vector<double>& exact, const std::vector<double>& magnitude) {
+  const Problem& p = c.problem;
+  for (size_t i = 0; i < sums.size(); ++i) {
+    const bool near = std::fabs(sums[i] - exact[i]) <= std::ldexp(magnitude[i], -20);
+    if (!near || Encode(p.dtype, Round(p.dtype, sums[i])) != y[i]) {
+      EXPECT(false) << IsaName(isa) << " " << Name(p) << " y[" << i / static_cast<size_t>(p.n) << "]["
+                    << i % static_cast<size_t>(p.n) << "] is " << sums[i] << " in float32, " << Decode(p.dtype, y[i])
+                    << " in 16 bits, and should be " << exact[i];
+      return;
+    }
+  }
 }
 
 // y within the bound of the documentation: f32 accumulation in any order, one rounding.
@@ -341,12 +377,72 @@ void TestProducts(const std::vector<Isa>& isas, std::mt19937_64& random) {
     for (const Isa isa : isas) {
       const std::vector<uint16_t> y = Run(c, isa, p.m, 1);
       ExpectClose(c, isa, y, exact, magnitude);
+      ExpectSums(c, isa, RunFloat32(c, isa, p.m, 2), y, exact, magnitude);
+      ExpectSums(c, isa, RunFloat32(c, isa, 1, 1), y, exact, magnitude);
       for (const int64_t m : {1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 65}) {
         const std::vector<uint16_t> some = Run(c, isa, m, 1 + m % 5);
         EXPECT(std::equal(some.begin(), some.end(), y.begin()))
             << IsaName(isa) << " " << Name(p) << ": rows of y change with m=" << m << " or with the threads";
       }
     }
+  }
+}
+
+// A batch is, in every bit, its products one by one.
+template <typename Bits>
+void TestBatch(const std::vector<Isa>& isas, const Problem& batch, std::mt19937_64& random) {
+  Case all(batch);
+  Problem one = batch;
+  one.batch = 1;
+  std::vector<std::vector<Bits>> expected(isas.size());
+  for (int64_t i = 0; i < batch.batch; ++i) {
+    Case c(one);
+    Fill(c, Scales::kOrdinary, random);
+    if (batch.shared_x && i > 0) {
+      std::copy(all.x.begin(), all.x.end(), c.x.begin());
+    } else {
+      std::copy(c.x.begin(), c.x.end(), all.x.begin() + i * c.x.size());
+    }
+    std::copy(c.packed.begin(), c.packed.end(), all.packed.begin() + i * c.packed.size());
+    std::copy(c.scales_and_zeros.begin(), c.scales_and_zeros.end(),
+              all.scales_and_zeros.begin() + i * c.scales_and_zeros.size());
+    for (size_t isa = 0; isa < isas.size(); ++isa) {
+      const std::vector<Bits> y = Run<Bits>(one, c.operands(), isas[isa], 1);
+      expected[isa].insert(expected[isa].end(), y.begin(), y.end());
+    }
+  }
+  for (size_t isa = 0; isa < isas.size(); ++isa) {
+    for (const int64_t threads : {1, 3}) {
+      EXPECT(Run<Bits>(batch, all.operands(), isas[isa], threads) == expected[isa])
+          << IsaName(isas[isa]) << " " << Name(batch) << ": a product of the batch is not what it is alone, " << threads
+          << " threads";
+    }
+  }
+}
+
+void TestBatches(const std::vector<Isa>& isas, std::mt19937_64& random) {
+  for (const bool shared_x : {false, true}) {
+    // One token, some, and more than a pass takes; few products, and more than are computed side by side.
+    for (const int64_t m : {1, 5, 150}) {
+      for (const int64_t batch : {1, 3, 29}) {
+        Problem p{m, 40, 384, 64, 4, DType::kBFloat16};
+        p.batch = batch;
+        p.shared_x = shared_x;
+        TestBatch<uint16_t>(isas, p, random);
+        p.dtype = DType::kFloat16;
+        p.float32_result = true;
+        TestBatch<uint32_t>(isas, p, random);
+      }
+    }
+  }
+}
+
+// Without products there is nothing to read or write.
+void TestEmptyBatch(const std::vector<Isa>& isas) {
+  for (const Isa isa : isas) {
+    Problem p{4, 40, 384, 64, 4, DType::kBFloat16};
+    p.batch = 0;
+    EXPECT(Run<uint16_t>(p, Operands(), isa, 2).empty()) << IsaName(isa);
   }
 }
 
@@ -516,6 +612,8 @@ int Main() {
   TestExactTable(random);
   TestWeights(isas, random);
   TestProducts(isas, random);
+  TestBatches(isas, random);
+  TestEmptyBatch(isas);
   TestFlushToZero(isas, random);
   TestNonFinite(isas, random);
   TestLargeOffsets(random);

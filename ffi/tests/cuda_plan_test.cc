@@ -2,6 +2,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "cuda/ampere_plan.h"
@@ -15,8 +16,9 @@ namespace {
 
 constexpr DeviceDescription kH200{90, 132};
 
-Problem MakeProblem(int64_t m, int64_t n, int64_t k) {
+Problem MakeProblem(int64_t m, int64_t n, int64_t k, int64_t batch = 1) {
   Problem p;
+  p.batch = batch;
   p.m = m;
   p.n = n;
   p.k = k;
@@ -88,22 +90,25 @@ void DecodeSchedulesCoverTheOutput() {
       for (const int64_t n : {8, 24, 1280, 3072, 14336, 131072}) {
         for (const int64_t k : {128, 640, 4096, 14336}) {
           for (const int64_t group_size : {32, 128}) {
-            Problem p = MakeProblem(m, n, k);
-            p.group_size = group_size;
-            const std::optional<DecodePlan> plan = PlanDecode(p, device, -1);
-            EXPECT(plan.has_value()) << m << " x " << n << " x " << k;
-            if (!plan) continue;
-            const decode::Config& c = decode::kConfigs[plan->config];
-            const decode::Schedule& s = plan->schedule;
-            const int64_t most_tiles = (n / 8 + s.ctas - 1) / s.ctas;
-            EXPECT(s.ctas <= device.sm_count && s.ctas <= n / 8) << s.ctas;
-            EXPECT(int64_t{s.token_blocks} * c.tokens >= m && int64_t{s.token_blocks - 1} * c.tokens < m) << m;
-            EXPECT(int64_t{s.chunks} * s.chunk_tiles >= most_tiles) << most_tiles;
-            EXPECT(int64_t{s.chunks - 1} * s.chunk_tiles < most_tiles) << most_tiles;
-            EXPECT(s.warp_pairs >= 1 && s.warp_pairs <= c.pairs) << s.warp_pairs;
-            EXPECT(2 * s.warp_pairs * s.warps_n >= s.chunk_tiles && s.chunk_tiles % 2 == 0) << s.chunk_tiles;
-            EXPECT(s.warps_k % 4 == 0 && s.warps_n <= 4 && s.Warps() <= c.most_warps) << s.Warps();
-            EXPECT(s.shared_bytes <= device.SharedBytesPerCta()) << s.shared_bytes;
+            for (const int64_t batch : {0, 1, 5, 1000}) {
+              Problem p = MakeProblem(m, n, k, batch);
+              p.group_size = group_size;
+              const std::optional<DecodePlan> plan = PlanDecode(p, device, -1);
+              EXPECT(plan.has_value()) << m << " x " << n << " x " << k;
+              if (!plan) continue;
+              const decode::Config& c = decode::kConfigs[plan->config];
+              const decode::Schedule& s = plan->schedule;
+              const int64_t most_tiles = (n / 8 + s.ctas - 1) / s.ctas;
+              EXPECT(s.ctas >= 1 && s.ctas <= n / 8) << s.ctas;
+              EXPECT(s.ctas == 1 || s.ctas * batch <= device.sm_count) << s.ctas << " CTAs, batch " << batch;
+              EXPECT(int64_t{s.token_blocks} * c.tokens >= m && int64_t{s.token_blocks - 1} * c.tokens < m) << m;
+              EXPECT(int64_t{s.chunks} * s.chunk_tiles >= most_tiles) << most_tiles;
+              EXPECT(int64_t{s.chunks - 1} * s.chunk_tiles < most_tiles) << most_tiles;
+              EXPECT(s.warp_pairs >= 1 && s.warp_pairs <= c.pairs) << s.warp_pairs;
+              EXPECT(2 * s.warp_pairs * s.warps_n >= s.chunk_tiles && s.chunk_tiles % 2 == 0) << s.chunk_tiles;
+              EXPECT(s.warps_k % 4 == 0 && s.warps_n <= 4 && s.Warps() <= c.most_warps) << s.Warps();
+              EXPECT(s.shared_bytes <= device.SharedBytesPerCta()) << s.shared_bytes;
+            }
           }
         }
       }
@@ -133,7 +138,8 @@ void HopperSchedulesCoverTheOutput() {
         for (const int64_t k : {32, 160, 1280, 4096, 28672}) {
           for (const int64_t group_size : {32, 64, 128, 256}) {
             if (k % group_size != 0) continue;
-            Problem p = MakeProblem(m, n, k);
+            const int64_t batch = group_size == 64 ? 7 : 1;
+            Problem p = MakeProblem(m, n, k, batch);
             p.group_size = group_size;
             p.inner_k_tiles = 2;
             const std::optional<HopperPlan> plan = PlanHopper(p, kH200, config);
@@ -141,7 +147,7 @@ void HopperSchedulesCoverTheOutput() {
             if (!plan) continue;
             const hopper::Config& c = hopper::kConfigs[plan->config];
             const hopper::Schedule& s = plan->schedule;
-            const int64_t tiles = plan->tiles_m * plan->tiles_n;
+            const int64_t tiles = batch * plan->tiles_m * plan->tiles_n;
             EXPECT(plan->tiles_m * c.tokens >= m && (plan->tiles_m - 1) * c.tokens < m) << m;
             EXPECT(plan->tiles_n * c.Rows() >= n && (plan->tiles_n - 1) * c.Rows() < n) << n;
             EXPECT(s.clusters >= 1 && s.clusters <= tiles && s.clusters * s.split_k <= kH200.sm_count) << s.clusters;
@@ -162,10 +168,11 @@ void HopperSchedulesCoverTheOutput() {
 }
 
 void TheFewTilesOfALastWaveAreDivided() {
-  const auto divided = [](int64_t m, int64_t n, const char* name) {
-    return MakePlan(MakeProblem(m, n, 4096), kH200, name)->hopper.divided_tiles;
+  const auto divided = [](int64_t m, int64_t n, const char* name, int64_t batch = 1) {
+    return MakePlan(MakeProblem(m, n, 4096, batch), kH200, name)->hopper.divided_tiles;
   };
   EXPECT(divided(1024, 14336, "hopper/128x256") == 52) << "448 tiles on 132 SMs";
+  EXPECT(divided(256, 14336, "hopper/128x256", 4) == 52) << "448 tiles of a batch";
   EXPECT(divided(768, 14336, "hopper/128x256") == 0) << "72 tiles, by two each, do not fit 132 SMs";
   EXPECT(divided(256, 16896, "hopper/128x256") == 0) << "132 tiles";
   EXPECT(divided(256, 4096, "hopper/128x256") == 0) << "32 tiles";
@@ -299,6 +306,51 @@ void WhatCannotBeServedIsASentence() {
   EXPECT(status.code() == StatusCode::kUnimplemented && Contains(status, "Split")) << status.message();
 }
 
+void ABatchIsPlannedAsAWhole() {
+  // A product alone divides k, or takes small tiles, where the GPU would otherwise have little to do; a batch need not.
+  EXPECT(PlanHopper(MakeProblem(64, 3072, 3072), kH200, -1)->schedule.split_k == 4) << "alone";
+  EXPECT(PlanHopper(MakeProblem(64, 3072, 3072, 16), kH200, -1)->schedule.split_k == 1) << "16 of them";
+  EXPECT(PlanHopper(MakeProblem(64, 3072, 3072, 16), kH200, -1)->tiles_m == 1) << "tiles are those of one product";
+  const auto ampere = [](int64_t batch) {
+    return ampere::kConfigs[PlanAmpere(MakeProblem(128, 4096, 4096, batch), DeviceDescription{80, 108}, -1)->config];
+  };
+  EXPECT(ampere(32).TileN() * ampere(32).tokens > ampere(1).TileN() * ampere(1).tokens) << ampere(32).TileN();
+  const DecodePlan decode = *PlanDecode(MakeProblem(1, 4096, 4096, 8), kH200, -1);
+  EXPECT(decode.schedule.ctas == 132 / 8) << decode.schedule.ctas;
+  EXPECT(PlanDecode(MakeProblem(1, 4096, 4096, 300), kH200, -1)->schedule.ctas == 1) << "more products than SMs";
+
+  for (const char* kernel : {"", "decode", "hopper", "ampere"}) {
+    const Problem p = MakeProblem(20, 4096, 4096, 8);
+    const StatusOr<Plan> plan = MakePlan(p, kH200, kernel);
+    EXPECT(plan.ok() && plan->workspace_bytes == 0) << kernel << ": " << plan.status().message();
+    const std::string reason = Explain(p, kH200, *plan).reason;
+    EXPECT(reason.find("one launch for all 8 products of the batch") != std::string::npos) << reason;
+    // What y is made of does not change the plan.
+    Problem other = p;
+    other.float32_result = other.shared_x = true;
+    EXPECT(Explain(other, kH200, *MakePlan(other, kH200, kernel)).reason == reason) << kernel;
+    for (const auto& [m, batch] : {std::pair<int64_t, int64_t>{20, 0}, {0, 8}, {0, 0}}) {
+      EXPECT(MakePlan(MakeProblem(m, 4096, 4096, batch), kH200, kernel).ok()) << kernel << " m " << m << " x " << batch;
+    }
+  }
+
+  // gridDim.z ends at 65535, and the Hopper kernel's tasks at 2^30.
+  EXPECT(MakePlan(MakeProblem(1, 8, 128, 65535), kH200, "decode").ok());
+  EXPECT(MakePlan(MakeProblem(1, 8, 128, 65535), kH200, "ampere").ok());
+  EXPECT(MakePlan(MakeProblem(32, 8, 128, 65536), kH200, "")->kernel == Kernel::kHopper);
+  EXPECT(MakePlan(MakeProblem(kUnknownM, 4096, 4096, 8), kH200, "").ok());
+  for (const auto& [kernel, m, batch] : {std::tuple<const char*, int64_t, int64_t>{"decode", 1, 65536},
+                                         {"decode", 1 << 20, 1 << 11},
+                                         {"ampere", 1, 65536},
+                                         {"", 1, 65536},
+                                         {"hopper", 1 << 30, 1 << 10},
+                                         {"hopper/128x16", 16, (1 << 30) + 1}}) {
+    const Status status = MakePlan(MakeProblem(m, 8, 128, batch), kH200, kernel).status();
+    EXPECT(status.code() == StatusCode::kUnimplemented) << kernel << " m " << m << " x " << batch;
+    EXPECT(Contains(status, "batch") && Contains(status, std::to_string(batch).c_str())) << status.message();
+  }
+}
+
 void AnUnknownMLeavesTheChoiceToTheCall() {
   const Problem p = MakeProblem(kUnknownM, 64, 256);
   const StatusOr<Plan> plan = MakePlan(p, kH200, "");
@@ -332,6 +384,7 @@ int main() {
   int4mm::cuda::TheAmpereTileIsTheFastestMeasured();
   int4mm::cuda::AmpereTilesAreChosenForEveryArchitecture();
   int4mm::cuda::WhatCannotBeServedIsASentence();
+  int4mm::cuda::ABatchIsPlannedAsAWhole();
   int4mm::cuda::AnUnknownMLeavesTheChoiceToTheCall();
   return int4mm::test::Result();
 }

@@ -15,6 +15,11 @@ void TestAccepts() {
     p.m = m;
     EXPECT(Validate(p).ok()) << "m=" << m << ": " << Validate(p).message();
   }
+  for (const int64_t batch : {int64_t{0}, int64_t{1}, int64_t{1} << 40}) {
+    Problem p = kGood;
+    p.batch = batch;
+    EXPECT(Validate(p).ok()) << "batch=" << batch << ": " << Validate(p).message();
+  }
   for (const int64_t group_size : {32, 64, 128, 256}) {
     for (const int64_t inner_k_tiles : {2, 4, 8}) {
       const Problem p{1, 8, 256, group_size, inner_k_tiles, DType::kFloat16};
@@ -45,6 +50,12 @@ void TestRefuses() {
       {{1, 16, 192, 64, 8, DType::kBFloat16}, "k is 192; with inner_k_tiles 8 it must be a multiple of 128"},
       {{1, 16, 48, 32, 2, DType::kBFloat16}, "k is 48; with inner_k_tiles 2 it must be a multiple of 32"},
       {{1, 16, 384, 256, 8, DType::kBFloat16}, "group_size 256 does not divide k, which is 384"},
+      {{1, 16, 256, 128, 8, DType::kBFloat16, false, -1}, "batch is -1; it must not be negative"},
+      // 2^63 bytes of x, of w (as values of 32 bits) and of y.
+      {{int64_t{1} << 53, 8, 256, 128, 8, DType::kBFloat16}, "fewer than 2^63"},
+      {{1, int64_t{1} << 40, 256, 128, 8, DType::kBFloat16, false, 1 << 13}, "fewer than 2^63"},
+      {{int64_t{1} << 30, 1 << 21, 256, 128, 8, DType::kBFloat16, true, 1 << 10}, "fewer than 2^63"},
+      {{kUnknownM, 16, 256, 128, 8, DType::kBFloat16, false, int64_t{1} << 52}, "batch, m, n, k are 4503599627370496"},
   };
   for (const Refusal& refusal : refusals) {
     const Status status = Validate(refusal.problem);
@@ -69,6 +80,18 @@ void TestDequantizeProblems() {
   }
 }
 
+void TestEmpty() {
+  Problem p = kGood;
+  EXPECT(!p.Empty());
+  p.batch = 0;
+  EXPECT(p.Empty());
+  p = kGood;
+  p.m = 0;
+  EXPECT(p.Empty());
+  p.m = kUnknownM;
+  EXPECT(!p.Empty());
+}
+
 void TestNames() {
   EXPECT(DTypeName(DType::kBFloat16) == std::string("bfloat16"));
   EXPECT(DTypeName(DType::kFloat16) == std::string("float16"));
@@ -81,6 +104,7 @@ int main() {
   int4mm::TestAccepts();
   int4mm::TestRefuses();
   int4mm::TestDequantizeProblems();
+  int4mm::TestEmpty();
   int4mm::TestNames();
   return int4mm::test::Result();
 }

@@ -40,7 +40,7 @@ def test_right_buffers_are_accepted(chosen: Kernel) -> None:
         ({"x": ((3, 256), jnp.float32)}, "x must be bfloat16 or float16"),
         ({"x": ((3, 256), jnp.float16)}, "must have the same dtype"),
         ({"scales_and_zeros": ((4, 16, 2), jnp.float16)}, "must have the same dtype"),
-        ({"y": ((3, 16), jnp.float32)}, "must have the same dtype"),
+        ({"y": ((3, 16), jnp.float16)}, "y must be float32 or have the same dtype as x"),
         ({"packed": ((2, 2, 32, 4), jnp.uint8)}, "packed must be int32"),
         ({"workspace": ((0,), jnp.float32)}, "workspace uint8"),
         ({"x": ((256,), jnp.bfloat16)}, r"x is \[256\].*\[m, k\]"),

@@ -8,8 +8,9 @@
 
 namespace int4mm::cpu {
 
-// Some tokens of one call. `x` holds their activations as f32 in the order of kernels/order.h, in slabs:
-// [k / kSlab][tokens][kSlab], the last slab as long as what is left of k.
+// Some tokens of one product; the operands are its own, and the problem's batch means nothing. `x` holds their
+// activations as f32 in the order of kernels/order.h, in slabs: [k / kSlab][tokens][kSlab], the last slab as long as
+// what is left of k.
 struct MatmulArgs {
   Problem problem;
   Operands operands;

@@ -16,7 +16,7 @@
 //   Table MakeTable<dtype>(float scale, float zero): fast, as kernels/exact_table.h tells
 //
 // Each y[m][n] is the sum over k, in the kernel's order, in the L lanes of one f32 vector, whose lanes are added at the
-// end; the blocking, the number of tokens and the number of threads do not change a bit of it.
+// end, rounded unless y is f32; the blocking, the number of tokens and the number of threads do not change a bit of it.
 #pragma once
 
 #include <cstdint>
@@ -141,12 +141,24 @@ struct Matmul {
         }
       }
     }
-    const float* sum = scratch;
+    const float* sums = scratch;
     for (int64_t tile = row_begin; tile < row_end; tile += kTileRows) {
-      for (int64_t token = 0; token < args.tokens; ++token) {
-        uint16_t* y = args.operands.y + (args.first_token + token) * p.n + tile;
-        for (int r = 0; r < kTileRows; ++r, sum += kLanes) y[r] = S::template Narrow<dtype>(S::Sum(S::Load(sum)));
+      for (int64_t token = 0; token < args.tokens; ++token, sums += kTileRows * kLanes) {
+        StoreSums<dtype>(args, tile, token, sums, kLanes);
       }
+    }
+  }
+
+  // y of one tile's rows and one token, from sums whose vectors are `stride` apart.
+  template <DType dtype>
+  static void StoreSums(const MatmulArgs& args, int64_t tile, int64_t token, const float* sums, int64_t stride) {
+    const int64_t first = (args.first_token + token) * args.problem.n + tile;
+    if (args.problem.float32_result) {
+      float* y = static_cast<float*>(args.operands.y) + first;
+      for (int r = 0; r < kTileRows; ++r) y[r] = S::Sum(S::Load(sums + r * stride));
+    } else {
+      uint16_t* y = static_cast<uint16_t*>(args.operands.y) + first;
+      for (int r = 0; r < kTileRows; ++r) y[r] = S::template Narrow<dtype>(S::Sum(S::Load(sums + r * stride)));
     }
   }
 
@@ -300,11 +312,7 @@ struct Matmul {
     for (int64_t token = 0; token < args.tokens; token += kBlock.tokens) {
       const int64_t tokens = block_tokens(token);
       for (int64_t t = 0; t < tokens; ++t) {
-        uint16_t* y = args.operands.y + (args.first_token + token + t) * p.n + tile;
-        for (int r = 0; r < kPanelRows; ++r) {
-          const Float sum = S::Load(sums + (token * kPanelRows + r * tokens + t) * kLanes);
-          y[r] = S::template Narrow<dtype>(S::Sum(sum));
-        }
+        StoreSums<dtype>(args, tile, token + t, sums + (token * kPanelRows + t) * kLanes, tokens * kLanes);
       }
     }
   }

@@ -13,6 +13,13 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// `value`, of which the compiler then knows nothing: it keeps what follows from it, where it would compute it again in
+// a loop.
+__device__ __forceinline__ int Opaque(int value) {
+  asm("" : "+r"(value));
+  return value;
+}
+
 // (value & mask) | bits
 template <uint32_t kMask, uint32_t kBits>
 __device__ __forceinline__ uint32_t AndOr(uint32_t value) {

@@ -57,20 +57,22 @@ struct Position {
 
     x_chunk = slice_thread % kChunks;
     x_token = slice_thread / kChunks;
-    x = args.operands.x + (first_token + x_token) * args.k + 8 * x_chunk;
+    const int product = ptx::Opaque(static_cast<int>(blockIdx.z));
+    x = args.operands.x + (product * args.x_tokens + first_token + x_token) * args.k + 8 * x_chunk;
 
     scale_group = slice_thread / kScaleChunks;
     scale_row = slice_thread % kScaleChunks * 4;
     const int step_groups = args.group_shift >= 2 ? 1 : 4 >> args.group_shift;
     // Rows past n keep what is in shared memory: they are not stored.
     if (scale_group >= step_groups || first_row + scale_row >= args.n) scale_group = kNoGroup;
-    scales = args.operands.scales_and_zeros + int64_t{2} * (first_row + scale_row);
+    const int64_t first_group = product * args.groups;
+    scales = args.operands.scales_and_zeros + 2 * (first_group * args.n + first_row + scale_row);
 
     // For rows past n the last n-tile is read again.
-    const int last_tile = args.n / 8 - 1;
+    const int last_tile = args.tiles - 1;
 #pragma unroll
     for (int t = 0; t < 2 * kTile.pairs; ++t) {
-      const int tile = min((first_row + warp_row) / 8 + t, last_tile);
+      const int tile = product * args.tiles + min((first_row + warp_row) / 8 + t, last_tile);
       words[t] = args.operands.packed + static_cast<int64_t>(tile) * args.k + lane * (args.inner_k_tiles / 2);
     }
     b_offset = (lane & 7) * (2 * kStepK) + ((lane / 8 ^ (lane & 7)) << 4);
@@ -294,8 +296,13 @@ __global__ void __launch_bounds__(kConfigs[kConfig].Threads(), kConfigs[kConfig]
       sum.x += part.x;
       sum.y += part.y;
     }
-    uint16_t* const target = args.operands.y + (at.first_token + token) * args.n + at.first_row + row;
-    *reinterpret_cast<uint32_t*>(target) = FloatBits<Float>::RoundPair(sum.x, sum.y);
+    const int64_t to = (blockIdx.z * args.m + at.first_token + token) * args.n + at.first_row + row;
+    if (args.float32_result) {
+      *reinterpret_cast<float2*>(static_cast<float*>(args.operands.y) + to) = sum;
+    } else {
+      *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(args.operands.y) + to) =
+          FloatBits<Float>::RoundPair(sum.x, sum.y);
+    }
   }
 }
 

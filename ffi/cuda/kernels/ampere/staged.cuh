@@ -61,21 +61,24 @@ class Copies {
     const int token = thread / (kRowBytes / 16);
     x_k_ = 8 * x_piece;
     tokens_ = static_cast<int>(min(args.m - tile.token, static_cast<int64_t>(kTile.tokens))) - token;
-    x_ = args.operands.x + (tile.token + token) * args.k + x_k_;
+    const int product = static_cast<int>(blockIdx.z);
+    x_ = args.operands.x + (product * args.x_tokens + tile.token + token) * args.k + x_k_;
     x_target_ = token * kRowBytes + ((x_piece ^ (token & 7)) << 4);
 
     const int tile_of_8 = thread / (kTileBytes / 16);
     word_piece_ = thread % (kTileBytes / 16);
     word_k_ = 4 * word_piece_;
     tiles_ = (args.n - tile.row) / 8 - tile_of_8;
-    words_ = args.operands.packed + static_cast<int64_t>(tile.row / 8 + tile_of_8) * args.k + word_k_;
+    words_ =
+        args.operands.packed + static_cast<int64_t>(product * args.tiles + tile.row / 8 + tile_of_8) * args.k + word_k_;
     words_target_ = kTile.tokens * kRowBytes + tile_of_8 * kTileBytes;
 
     groups_ = args.group_shift >= 2 ? 1 : 4 >> args.group_shift;
     const int scale_row = thread % kScalePieces * 4;
     group_ = thread / kScalePieces;
     if (tile.row + scale_row >= args.n) groups_ = 0;
-    scales_ = args.operands.scales_and_zeros + int64_t{2} * (tile.row + scale_row);
+    const int64_t first_group = product * args.groups;
+    scales_ = args.operands.scales_and_zeros + 2 * (first_group * args.n + tile.row + scale_row);
     scales_target_ =
         kTile.tokens * kRowBytes + kTile.TileN() / 8 * kTileBytes + (group_ * kTile.TileN() + scale_row) * 4;
   }
@@ -352,12 +355,19 @@ __device__ __forceinline__ void StoreTile(const Arguments& args, const TileOrigi
         sum[i + 3] += part.w;
       }
     }
+    const int64_t to = (blockIdx.z * args.m + tile.token + token) * args.n + tile.row + row;
+    if (args.float32_result) {
+      float4* const y = reinterpret_cast<float4*>(static_cast<float*>(args.operands.y) + to);
+      y[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+      y[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
+      continue;
+    }
     uint4 rounded;
     rounded.x = FloatBits<Float>::RoundPair(sum[0], sum[1]);
     rounded.y = FloatBits<Float>::RoundPair(sum[2], sum[3]);
     rounded.z = FloatBits<Float>::RoundPair(sum[4], sum[5]);
     rounded.w = FloatBits<Float>::RoundPair(sum[6], sum[7]);
-    *reinterpret_cast<uint4*>(args.operands.y + (tile.token + token) * args.n + tile.row + row) = rounded;
+    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(args.operands.y) + to) = rounded;
   }
 }
 

@@ -27,9 +27,9 @@ struct Config {
   constexpr int RingBytes(int stage_bytes) const { return ahead * WordBytes() + (ahead + 1) * stage_bytes; }
 };
 
-// How one call is spread over the GPU, decided by the plan. A CTA owns neighbouring n-tiles and all of k. It takes its
-// n-tiles in chunks; in a chunk its warps form warps_k slices of k of warps_n warps each, and every warp has warp_pairs
-// row tiles of its own.
+// How a product is spread over the GPU, decided by the plan; those of a batch are alike. A CTA owns neighbouring
+// n-tiles and all of k. It takes its n-tiles in chunks; in a chunk its warps form warps_k slices of k of warps_n warps
+// each, and every warp has warp_pairs row tiles of its own.
 struct Schedule {
   int ctas = 0;          // Side by side along n,
   int token_blocks = 0;  // and for every so many tokens of the config.

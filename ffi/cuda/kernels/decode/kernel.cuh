@@ -18,6 +18,11 @@ struct Arguments {
   int m;
   int n;
   int k;
+  bool float32_result;
+  // From one product of the batch to the next are (these at the end of the struct made a step 8 instructions longer):
+  int x_tokens;       // tokens of x: m, or 0 where all have the same x;
+  int tiles;          // n-tiles;
+  int parts;          // parts of k: steps or, with four groups a step, quarters of one.
   int slices;         // k / kStepK
   int group_shift;    // With one group a step: log2(group_size / kStepK). With four: log2(group_size / 32).
   int tiles_per_cta;  // n-tiles;
@@ -29,6 +34,7 @@ struct Arguments {
 
 // Where a warp stands in the CTA, and the CTA's n-tiles.
 struct Place {
+  int product;  // Of the batch.
   int lane;
   int warp;
   int slice;  // Of k: steps slice, slice + warps_k, ...
@@ -39,6 +45,7 @@ struct Place {
   int warp_tile;   // First n-tile of this warp in a chunk.
 
   __device__ __forceinline__ Place(const Arguments& args, int most_tokens) {
+    product = static_cast<int>(blockIdx.z);
     lane = static_cast<int>(threadIdx.x) % 32;
     // The shuffle tells the compiler that all lanes agree, so what follows from it is kept and tested once a warp.
     warp = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x) / 32, 0);
@@ -103,6 +110,7 @@ struct Copies {
   uint32_t stage;
   uint32_t x_target;  // In a stage, this lane's chunk of its first token.
   const uint16_t* x;  // This lane's chunk of its first token in step 0.
+  int first_part;     // Of k, of the CTA's product.
 
   __device__ __forceinline__ Copies(const Arguments& args, const Place& at, const Rings<kConfig, kGroups>& rings) {
     slice = at.slice;
@@ -111,11 +119,14 @@ struct Copies {
     stage = rings.stages;
     const int token = at.lane / 16;
     x_target = token * (kStepK * 2) + ((at.lane % 16 ^ token) << 4);
-    x = args.operands.x + static_cast<int64_t>(at.first_token + token) * args.k + at.lane % 16 * 8;
+    first_part = at.product * args.parts;
+    const int first_token = at.product * args.x_tokens + at.first_token;
+    x = args.operands.x + static_cast<int64_t>(first_token + token) * args.k + at.lane % 16 * 8;
   }
 
   __device__ __forceinline__ const uint32_t* Words(const Arguments& args, const Place& at) const {
-    return args.operands.packed + static_cast<int64_t>(at.first_tile + at.warp_tile + chunk) * args.k + slice * kStepK +
+    const int first_tile = at.product * args.tiles + at.first_tile;
+    return args.operands.packed + static_cast<int64_t>(first_tile + at.warp_tile + chunk) * args.k + slice * kStepK +
            at.lane * 4;
   }
 
@@ -149,7 +160,7 @@ struct Copies {
       const int index = i * 32 + at.lane;
       const int quarter = index / kScaleChunks;
       const int rows = index % kScaleChunks * 4;
-      const int64_t group = (kGroups == 1 ? slice : slice * 4 + quarter) >> args.group_shift;
+      const int64_t group = (first_part + (kGroups == 1 ? slice : slice * 4 + quarter)) >> args.group_shift;
       const int row = (at.first_tile + at.warp_tile + chunk) * 8 + rows;
       ptx::CopyAsync16If(quarter < kGroups && rows < 8 * tiles, stage + rings.x_bytes + index * 16,
                          args.operands.scales_and_zeros + 2 * (group * args.n + row));
@@ -381,12 +392,21 @@ __global__ void __launch_bounds__(32 * kConfigs[kConfig].most_warps, 1) Kernel(c
       const int tile = chunk + block / kBlocks * 2;
       const bool two_tiles = tile + 1 < at.tiles;
       const bool two_tokens = token + 1 < at.tokens;
-      uint16_t* const y = args.operands.y + static_cast<int64_t>(at.first_token + token) * args.n +
-                          (at.first_tile + tile) * 8 + at.lane / 4;
-      y[0] = Bits::Round(kUnit * sum.x);
-      if (two_tiles) y[8] = Bits::Round(kUnit * sum.z);
-      if (two_tokens) y[args.n] = Bits::Round(kUnit * sum.y);
-      if (two_tiles && two_tokens) y[args.n + 8] = Bits::Round(kUnit * sum.w);
+      const int64_t first = static_cast<int64_t>(at.product * args.m + at.first_token + token) * args.n +
+                            (at.first_tile + tile) * 8 + at.lane / 4;
+      if (args.float32_result) {
+        float* const y = static_cast<float*>(args.operands.y) + first;
+        y[0] = kUnit * sum.x;
+        if (two_tiles) y[8] = kUnit * sum.z;
+        if (two_tokens) y[args.n] = kUnit * sum.y;
+        if (two_tiles && two_tokens) y[args.n + 8] = kUnit * sum.w;
+      } else {
+        uint16_t* const y = static_cast<uint16_t*>(args.operands.y) + first;
+        y[0] = Bits::Round(kUnit * sum.x);
+        if (two_tiles) y[8] = Bits::Round(kUnit * sum.z);
+        if (two_tokens) y[args.n] = Bits::Round(kUnit * sum.y);
+        if (two_tiles && two_tokens) y[args.n + 8] = Bits::Round(kUnit * sum.w);
+      }
     }
     partials += other_partials;
     other_partials = -other_partials;

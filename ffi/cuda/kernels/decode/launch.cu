@@ -18,7 +18,11 @@ Status Launch(const Problem& problem, const Operands& operands, const Plan& plan
   arguments.m = static_cast<int>(problem.m);
   arguments.n = static_cast<int>(problem.n);
   arguments.k = static_cast<int>(problem.k);
+  arguments.float32_result = problem.float32_result;
+  arguments.x_tokens = problem.shared_x ? 0 : arguments.m;
+  arguments.tiles = tiles;
   arguments.slices = static_cast<int>(problem.k / kStepK);
+  arguments.parts = groups * arguments.slices;
   arguments.group_shift = problem.group_size == 64 || problem.group_size == 256 ? 1 : 0;
   arguments.tiles_per_cta = tiles / schedule.ctas;
   arguments.larger_ctas = tiles % schedule.ctas;
@@ -26,7 +30,8 @@ Status Launch(const Problem& problem, const Operands& operands, const Plan& plan
   arguments.warp_pairs = schedule.warp_pairs;
   arguments.chunk_tiles = schedule.chunk_tiles;
   const void* const kernel = float16 ? Float16Kernel(plan.config, groups) : BFloat16Kernel(plan.config, groups);
-  const dim3 grid(static_cast<unsigned>(schedule.ctas), static_cast<unsigned>(schedule.token_blocks));
+  const dim3 grid(static_cast<unsigned>(schedule.ctas), static_cast<unsigned>(schedule.token_blocks),
+                  static_cast<unsigned>(problem.batch));
   return LaunchKernel("the launch of the decode kernel", kernel, limits[4 * plan.config + 2 * (groups > 1) + float16],
                       grid, 32 * schedule.Warps(), schedule.shared_bytes, &arguments, stream);
 }

@@ -36,14 +36,18 @@ struct Divisor {
 };
 
 struct Arguments {
-  CUtensorMap x;       // [m][k], boxes [tokens][kBoxK], swizzled.
-  CUtensorMap packed;  // [n / 8][k], boxes [Rows() / 8][kStepK].
-  CUtensorMap scales;  // [k / group_size][n], boxes [groups of a step][Rows()].
-  CUtensorMap y;       // [m][n], boxes [tokens][kRowTile], swizzled.
-  uint16_t* output;    // y, too.
-  int64_t m;
+  // Of the whole batch, but x of one product where all have the same. A box lies within a product.
+  CUtensorMap x;       // [batch][m][k], boxes [tokens][kBoxK], swizzled.
+  CUtensorMap packed;  // [batch][n / 8][k], boxes [Rows() / 8][kStepK].
+  CUtensorMap scales;  // [batch][k / group_size][n], boxes [groups of a step][Rows()].
+  CUtensorMap y;       // [batch][m][n], boxes [tokens][kRowTile], swizzled; only where output is staged.
+  void* output;        // y, too.
+  int m;
   int n;
-  int group_shift;  // log2(group_size)
+  bool shared_x;
+  bool float32_result;
+  bool staged_output;  // Whether y goes through stages: 16 bits, each tile by one CTA. Else threads store it.
+  int group_shift;     // log2(group_size)
   int inner_k_tiles;
   // The first whole_tiles tasks are tiles of the output, those after are the rows of one warpgroup in a tile.
   int tasks;
@@ -51,7 +55,8 @@ struct Arguments {
   // Tiles of neighbouring clusters have tokens in common: up to kRaster token tiles form a band, all rows of which are
   // taken before the next band. The last band may have fewer.
   int bands;
-  Divisor per_band;
+  Divisor per_product;  // Tiles of a product of the batch,
+  Divisor per_band;     // and of a band.
   Divisor band_tiles_m;
   Divisor last_band_tiles_m;
   int split_k;
@@ -80,6 +85,7 @@ constexpr int kStretch = 8;
 struct Tile {
   static constexpr int kEvery = -1;
 
+  int product;  // Of the batch.
   int first_token;
   int first_row;
   int warpgroup = kEvery;  // Whose rows are wanted.
@@ -91,12 +97,19 @@ struct Tile {
       warpgroup = rows % config.warpgroups;
       in_band = static_cast<uint32_t>(args.whole_tiles + rows / config.warpgroups);
     }
+    product = static_cast<int>(args.per_product.Divide(in_band));
     const uint32_t band = args.per_band.Divide(in_band);
     uint32_t tile_m = in_band;
     const bool last = static_cast<int>(band) == args.bands - 1;
     const uint32_t tile_n = (last ? args.last_band_tiles_m : args.band_tiles_m).Divide(tile_m);
     first_row = static_cast<int>(tile_n) * config.Rows();
     first_token = static_cast<int>(band * kRaster + tile_m) * config.tokens;
+  }
+
+  // y of the product.
+  template <typename T>
+  __device__ __forceinline__ T* Output(const Arguments& args) const {
+    return static_cast<T*>(args.output) + static_cast<int64_t>(product) * args.m * args.n;
   }
 
   __device__ __forceinline__ bool Wants(int of_warpgroup) const {
@@ -158,11 +171,13 @@ __device__ __forceinline__ void CopyStage(const Arguments& args, const Place& at
   const uint32_t x = at.Stage(args, stage);
   const uint32_t words = x + kTile.XBytes();
   const int k = step * kStepK;
+  const int x_product = args.shared_x ? 0 : tile.product;
   ptx::ExpectBytes(full, args.copied_bytes);
-  ptx::CopyTensorTile(words, &args.packed, tile.first_row / 8, k, full);
-  ptx::CopyTensorTile(words + kTile.WordBytes(), &args.scales, k >> args.group_shift, tile.first_row, full);
-  ptx::CopyTensorTile(x, &args.x, tile.first_token, k, full);
-  ptx::CopyTensorTile(x + kTile.XBytes() / 2, &args.x, tile.first_token, k + kBoxK, full);
+  ptx::CopyTensorTile(words, &args.packed, tile.product, tile.first_row / 8, k, full);
+  ptx::CopyTensorTile(words + kTile.WordBytes(), &args.scales, tile.product, k >> args.group_shift, tile.first_row,
+                      full);
+  ptx::CopyTensorTile(x, &args.x, x_product, tile.first_token, k, full);
+  ptx::CopyTensorTile(x + kTile.XBytes() / 2, &args.x, x_product, tile.first_token, k + kBoxK, full);
 }
 
 // One thread copies every stage of every tile but the first, which is under way, and hands stages to the output.
@@ -174,13 +189,15 @@ __device__ __forceinline__ void Produce(const Arguments& args, const Place& at) 
   int step = at.first_step + 1;
   for (int task = at.cluster; task < args.tasks; task += at.clusters) {
     const Tile tile(args, kTile, task);
+    // Four steps unrolled, as the compiler would have them, take more registers than these warps keep.
+#pragma unroll 1
     for (; step < at.first_step + at.steps; ++step) {
       ptx::WaitBarrier(at.empty + 8 * turn.stage, turn.parity ^ 1);
       CopyStage<kConfig>(args, at, tile, step, turn.stage);
       turn.Next(args);
     }
     step = at.first_step;
-    if (args.split_k > 1) continue;
+    if (!args.staged_output) continue;
     for (int i = 0; i < kTile.OutputStages(); ++i) {
       ptx::WaitBarrier(at.empty + 8 * turn.stage, turn.parity ^ 1);
       ptx::Arrive(at.full + 8 * turn.stage, 1);
@@ -207,7 +224,8 @@ __device__ __forceinline__ void StoreOutput(const Arguments& args, const Place& 
       for (int warpgroup = 2 * i; warpgroup < 2 * i + 2; ++warpgroup) {
         const int row = tile.first_row + warpgroup * kRowTile;
         if (warpgroup >= kTile.warpgroups || row >= args.n || !tile.Wants(warpgroup)) continue;
-        ptx::StoreTensorTile(&args.y, tile.first_token, row, at.Stage(args, stage) + warpgroup % 2 * kBytes);
+        ptx::StoreTensorTile(&args.y, tile.product, tile.first_token, row,
+                             at.Stage(args, stage) + warpgroup % 2 * kBytes);
       }
       ptx::WaitStoresRead();
       ptx::Arrive(at.empty + 8 * stage, 4 * kTile.warpgroups);
@@ -246,19 +264,58 @@ __device__ __forceinline__ void ExpectSums(const Arguments& args, const Place& a
   }
 }
 
-// Stores a warp's 16 rows by 8 tokens. They are transposed, so that four lanes hold the 16 rows of a token.
+// y of a tile as f32, for a warp with 16 rows from `row` on and every `stride`-th block of 8 tokens from `block` on. Of
+// a block a thread has two neighbouring tokens, and two rows that are 8 apart: one instruction stores 8 rows, a sector
+// of memory, of each of four tokens.
+class Float32Output {
+ public:
+  __device__ __forceinline__ Float32Output(const Arguments& args, const Config& config, const Tile& tile, int row,
+                                           int lane, int block, int stride) {
+    const int token = 8 * block + lane % 4 * 2;
+    tokens_ = min(args.m - tile.first_token, config.tokens) - token;
+    stride_tokens_ = 8 * stride;
+    upper_ = row < args.n;
+    lower_ = row + 8 < args.n;
+    even_ = tile.Output<float>(args) + static_cast<int64_t>(tile.first_token + token) * args.n + row + lane / 4;
+    odd_ = even_ + args.n;
+    stride_ = static_cast<int64_t>(stride_tokens_) * args.n;
+  }
+
+  // Stores the sums of the next block, if there is one.
+  __device__ __forceinline__ void Store(const float (&sums)[4]) {
+    if (tokens_ > 0 && upper_) even_[0] = sums[0];
+    if (tokens_ > 1 && upper_) odd_[0] = sums[1];
+    if (tokens_ > 0 && lower_) even_[8] = sums[2];
+    if (tokens_ > 1 && lower_) odd_[8] = sums[3];
+    tokens_ -= stride_tokens_;
+    even_ += stride_;
+    odd_ += stride_;
+  }
+
+ private:
+  int tokens_;  // Of the tile, from the thread's first of the block on.
+  int stride_tokens_;
+  bool upper_;  // Whether w has the first 8 rows,
+  bool lower_;  // and the next.
+  float* even_;
+  float* odd_;
+  int64_t stride_;
+};
+
+// Stores a warp's 16 rows by 8 tokens, rounded. They are transposed, so that four lanes hold the 16 rows of a token.
 template <typename Float>
-__device__ __forceinline__ void StoreSums(const Arguments& args, int first_token, int row, int lane,
-                                          const float (&sums)[4]) {
+__device__ __forceinline__ void StoreRounded(const Arguments& args, uint16_t* y, int first_token, int row, int lane,
+                                             const float (&sums)[4]) {
   const uint32_t upper = ptx::Transpose8x8(FloatBits<Float>::RoundPair(sums[0], sums[1]));
   const uint32_t lower = ptx::Transpose8x8(FloatBits<Float>::RoundPair(sums[2], sums[3]));
   // A lane has two rows of each half; an even one takes its neighbour's of the upper, an odd one of the lower.
   const bool odd = lane % 2 == 1;
   const uint32_t received = __shfl_xor_sync(0xFFFFFFFF, odd ? upper : lower, 1);
   const uint2 rows = odd ? make_uint2(received, lower) : make_uint2(upper, received);
-  const int64_t token = first_token + lane / 4;
+  const int token = first_token + lane / 4;
   const int first = row + (odd ? 6 : 0) + lane % 4 * 2;
-  if (token < args.m && first < args.n) *reinterpret_cast<uint2*>(args.output + token * args.n + first) = rows;
+  y += static_cast<int64_t>(token) * args.n + first;
+  if (token < args.m && first < args.n) *reinterpret_cast<uint2*>(y) = rows;
 }
 
 // Adds up the sums of the CTAs of a cluster. Block b of 8 tokens is added up by the CTA of rank b % split_k, in the
@@ -301,10 +358,19 @@ __device__ __forceinline__ void AddUp(const Arguments& args, const Place& at, co
         total[j][3] += part.w;
       }
     }
+    if (args.float32_result) {
+      const int block = at.rank + (kBlocksAtOnce * i << args.split_shift);
+      Float32Output output(args, kTile, tile, row, thread % 32, block, args.split_k);
+#pragma unroll
+      for (int j = 0; j < kBlocksAtOnce; ++j) output.Store(total[j]);
+      continue;
+    }
 #pragma unroll
     for (int j = 0; j < kBlocksAtOnce; ++j) {
       const int block = at.rank + ((kBlocksAtOnce * i + j) << args.split_shift);
-      if (block < kBlocks) StoreSums<Float>(args, tile.first_token + 8 * block, row, thread % 32, total[j]);
+      if (block < kBlocks)
+        StoreRounded<Float>(args, tile.Output<uint16_t>(args), tile.first_token + 8 * block, row, thread % 32,
+                            total[j]);
     }
   }
 }
@@ -335,7 +401,7 @@ __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, 
         ptx::ArriveIf(lane == 0, at.empty + 8 * turn.stage);
         turn.Next(args);
       }
-      for (int i = 0; i < kTile.OutputStages(); ++i) turn.Next(args);
+      for (int i = 0; args.staged_output && i < kTile.OutputStages(); ++i) turn.Next(args);
       continue;
     }
     float sums[kBlocks][4] = {};
@@ -415,7 +481,7 @@ __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, 
     ptx::ArriveIf(lane == 0, at.empty + 8 * previous);
     if (kSets == 1 && kStretches) add_stretch();
 
-    if (args.split_k == 1) {
+    if (args.staged_output) {
       // Into the stage of this pair of warpgroups, as the copy engine takes it: [token][row], chunks of 16 bytes (8
       // rows) swizzled. The stage's barrier counts the warps of two warpgroups; one without a partner counts twice, and
       // one that is alone in the tile counts for every stage.
@@ -446,7 +512,13 @@ __device__ __forceinline__ void Consume(const Arguments& args, const Place& at, 
       continue;
     }
 
-    AddUp<Float, kConfig>(args, at, tile, thread, sums);
+    if (args.split_k > 1) {
+      AddUp<Float, kConfig>(args, at, tile, thread, sums);
+      continue;
+    }
+    Float32Output output(args, kTile, tile, tile.first_row + first_row, lane, 0, 1);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) output.Store(sums[b]);
   }
 }
 
@@ -474,7 +546,7 @@ __global__ void __launch_bounds__(kConfigs[kConfig].Threads(), 1) Kernel(const _
     } else if (warp == kStoreWarp && ptx::Elected()) {
       for (int i = 0; i < args.stages; ++i) {
         ptx::InitBarrier(at.empty + 8 * i, 4 * kTile.warpgroups);
-        if (args.split_k == 1) ptx::InitBarrier(at.output + 8 * i, 8);
+        if (args.staged_output) ptx::InitBarrier(at.output + 8 * i, 8);
       }
       if (args.split_k > 1) ExpectSums<kConfig>(args, at);
       ptx::FenceBarrierInit();
@@ -485,12 +557,9 @@ __global__ void __launch_bounds__(kConfigs[kConfig].Threads(), 1) Kernel(const _
     }
     __syncthreads();
     if (warp == kProducerWarp && ptx::Elected()) Produce<kConfig>(args, at);
-    if (args.split_k == 1) {
-      if (warp == kStoreWarp && ptx::Elected()) StoreOutput<kConfig>(args, at);
-    } else {
-      // Before sums are exchanged, all threads of a cluster meet.
-      ptx::ClusterMeet();
-    }
+    if (args.staged_output && warp == kStoreWarp && ptx::Elected()) StoreOutput<kConfig>(args, at);
+    // Before sums are exchanged, all threads of a cluster meet.
+    if (args.split_k > 1) ptx::ClusterMeet();
   } else {
     ptx::GrowRegisters<kTile.MultiplierRegisters()>();
     __syncthreads();

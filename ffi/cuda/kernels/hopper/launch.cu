@@ -34,11 +34,12 @@ StatusOr<Driver> FindDriver() {
   return Driver{reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)};
 }
 
-// A row-major matrix [rows][columns] and the box of it that is copied at a time.
-struct Matrix {
+// Row-major matrices [count][rows][columns] and the box of one that is copied at a time.
+struct Matrices {
   CUtensorMapDataType dtype;
   int element_bytes;
   const void* data;
+  int64_t count;
   int64_t rows;
   int64_t columns;
   int box_rows;
@@ -46,22 +47,25 @@ struct Matrix {
   CUtensorMapSwizzle swizzle;
 };
 
-Status Describe(const Matrix& matrix, CUtensorMap& map) {
+Status Describe(const Matrices& matrices, CUtensorMap& map) {
   static const StatusOr<Driver> driver = FindDriver();
   if (!driver.ok()) return driver.status();
-  const std::array<cuuint64_t, 2> sizes = {static_cast<cuuint64_t>(matrix.columns),
-                                           static_cast<cuuint64_t>(matrix.rows)};
-  const std::array<cuuint64_t, 1> pitch = {static_cast<cuuint64_t>(matrix.columns * matrix.element_bytes)};
-  const std::array<cuuint32_t, 2> box = {static_cast<cuuint32_t>(matrix.box_columns),
-                                         static_cast<cuuint32_t>(matrix.box_rows)};
-  const std::array<cuuint32_t, 2> strides = {1, 1};
+  const int64_t pitch = matrices.columns * matrices.element_bytes;
+  const std::array<cuuint64_t, 3> sizes = {static_cast<cuuint64_t>(matrices.columns),
+                                           static_cast<cuuint64_t>(matrices.rows),
+                                           static_cast<cuuint64_t>(matrices.count)};
+  const std::array<cuuint64_t, 2> pitches = {static_cast<cuuint64_t>(pitch),
+                                             static_cast<cuuint64_t>(matrices.rows * pitch)};
+  const std::array<cuuint32_t, 3> box = {static_cast<cuuint32_t>(matrices.box_columns),
+                                         static_cast<cuuint32_t>(matrices.box_rows), 1};
+  const std::array<cuuint32_t, 3> strides = {1, 1, 1};
   const CUresult result =
-      driver->encode_tensor_map(&map, matrix.dtype, 2, const_cast<void*>(matrix.data), sizes.data(), pitch.data(),
-                                box.data(), strides.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, matrix.swizzle,
+      driver->encode_tensor_map(&map, matrices.dtype, 3, const_cast<void*>(matrices.data), sizes.data(), pitches.data(),
+                                box.data(), strides.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, matrices.swizzle,
                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return Status();
-  return Internal() << "int4pack_mm: the tensor map of a " << matrix.rows << " x " << matrix.columns
-                    << " matrix cannot be made (CUresult " << static_cast<int>(result) << ").";
+  return Internal() << "int4pack_mm: the tensor map of " << matrices.count << " matrices of " << matrices.rows << " x "
+                    << matrices.columns << " cannot be made (CUresult " << static_cast<int>(result) << ").";
 }
 
 int Log2(int64_t power_of_two) {
@@ -82,28 +86,36 @@ Status Launch(const Problem& problem, const Operands& operands, const Plan& plan
   const bool float16 = problem.dtype == DType::kFloat16;
   const CUtensorMapDataType dtype = float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   Arguments arguments = {};
-  const std::array<std::pair<Matrix, CUtensorMap*>, 4> matrices = {{
-      {{dtype, 2, operands.x, problem.m, problem.k, config.tokens, kBoxK, CU_TENSOR_MAP_SWIZZLE_128B}, &arguments.x},
-      {{CU_TENSOR_MAP_DATA_TYPE_INT32, 4, operands.packed, problem.n / 8, problem.k, config.Rows() / 8, kStepK,
-        CU_TENSOR_MAP_SWIZZLE_NONE},
+  arguments.staged_output = schedule.split_k == 1 && !problem.float32_result;
+  const std::array<std::pair<Matrices, CUtensorMap*>, 4> tensors = {{
+      {{dtype, 2, operands.x, problem.shared_x ? 1 : problem.batch, problem.m, problem.k, config.tokens, kBoxK,
+        CU_TENSOR_MAP_SWIZZLE_128B},
+       &arguments.x},
+      {{CU_TENSOR_MAP_DATA_TYPE_INT32, 4, operands.packed, problem.batch, problem.n / 8, problem.k, config.Rows() / 8,
+        kStepK, CU_TENSOR_MAP_SWIZZLE_NONE},
        &arguments.packed},
-      {{CU_TENSOR_MAP_DATA_TYPE_INT32, 4, operands.scales_and_zeros, problem.k / problem.group_size, problem.n, groups,
-        config.Rows(), CU_TENSOR_MAP_SWIZZLE_NONE},
+      {{CU_TENSOR_MAP_DATA_TYPE_INT32, 4, operands.scales_and_zeros, problem.batch, problem.k / problem.group_size,
+        problem.n, groups, config.Rows(), CU_TENSOR_MAP_SWIZZLE_NONE},
        &arguments.scales},
-      {{dtype, 2, operands.y, problem.m, problem.n, config.tokens, kRowTile, CU_TENSOR_MAP_SWIZZLE_128B}, &arguments.y},
+      {{dtype, 2, operands.y, problem.batch, problem.m, problem.n, config.tokens, kRowTile, CU_TENSOR_MAP_SWIZZLE_128B},
+       &arguments.y},
   }};
-  for (const auto& [matrix, map] : matrices) {
-    if (Status status = Describe(matrix, *map); !status.ok()) return status;
+  for (const auto& [matrices, map] : tensors) {
+    if (map == &arguments.y && !arguments.staged_output) continue;
+    if (Status status = Describe(matrices, *map); !status.ok()) return status;
   }
   arguments.output = operands.y;
-  arguments.m = problem.m;
+  arguments.m = static_cast<int>(problem.m);
   arguments.n = static_cast<int>(problem.n);
+  arguments.shared_x = problem.shared_x;
+  arguments.float32_result = problem.float32_result;
   arguments.group_shift = Log2(problem.group_size);
   arguments.inner_k_tiles = static_cast<int>(problem.inner_k_tiles);
-  arguments.whole_tiles = static_cast<int>(plan.tiles_m * plan.tiles_n) - schedule.divided_tiles;
+  arguments.whole_tiles = static_cast<int>(problem.batch * plan.tiles_m * plan.tiles_n) - schedule.divided_tiles;
   arguments.tasks = arguments.whole_tiles + schedule.divided_tiles * config.warpgroups;
   const int64_t band = std::min<int64_t>(plan.tiles_m, kRaster);
   arguments.bands = static_cast<int>(CeilDiv(plan.tiles_m, band));
+  arguments.per_product = Divisor(plan.tiles_m * plan.tiles_n);
   arguments.per_band = Divisor(band * plan.tiles_n);
   arguments.band_tiles_m = Divisor(band);
   arguments.last_band_tiles_m = Divisor(plan.tiles_m - (arguments.bands - 1) * band);

@@ -82,21 +82,23 @@ __device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory");
 }
 
-// The box of a 2-D tensor whose first element is [row][column]; what lies outside of the tensor is copied as zeros, and
-// counted by the barrier all the same.
-__device__ __forceinline__ void CopyTensorTile(uint32_t shared_address, const CUtensorMap* map, int row, int column,
-                                               uint32_t barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-               :
-               : "r"(shared_address), "l"(map), "r"(column), "r"(row), "r"(barrier)
-               : "memory");
+// The box of one matrix of a 3-D tensor whose first element is [row][column]; what lies outside of the matrix is copied
+// as zeros, and counted by the barrier all the same.
+__device__ __forceinline__ void CopyTensorTile(uint32_t shared_address, const CUtensorMap* map, int matrix, int row,
+                                               int column, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+      :
+      : "r"(shared_address), "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(barrier)
+      : "memory");
 }
 
-// The other way, where the box reaches out of the tensor only what lies inside.
-__device__ __forceinline__ void StoreTensorTile(const CUtensorMap* map, int row, int column, uint32_t shared_address) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
+// The other way, where the box reaches out of the matrix only what lies inside.
+__device__ __forceinline__ void StoreTensorTile(const CUtensorMap* map, int matrix, int row, int column,
+                                                uint32_t shared_address) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];"
                :
-               : "l"(map), "r"(column), "r"(row), "r"(shared_address)
+               : "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(shared_address)
                : "memory");
 }
 

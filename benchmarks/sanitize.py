@@ -2,32 +2,34 @@
 
     python benchmarks/sanitize.py --output benchmarks/results/h200/sanitizer.txt
 
-memcheck, racecheck and initcheck each run every kernel by name on golden cases, and memcheck and initcheck that of
-dequantize, which has no shared memory for racecheck to watch. Meanwhile JAX takes its memory from
-cudaMallocAsync, whose allocations the tools know to the byte, so that an access past the end of a buffer is one past an
-allocation. That this holds is shown first: a kernel writes one float past the end of a JAX array (cupy compiles it),
-and the run must fail.
+memcheck, racecheck and initcheck each run every kernel by name on golden cases and on a batch of weights, memcheck also
+with results in f32, and memcheck and initcheck the kernel of dequantize, which has no shared memory for racecheck to
+watch; all at the same time. JAX takes its memory from cudaMallocAsync, whose allocations the tools know to the byte, so
+that an access past the end of a buffer is one past an allocation. That this holds is shown first: a kernel writes one
+float past the end of a JAX array (cupy compiles it), and the run must fail.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import os
 import pathlib
 import subprocess
 import sys
 
 PRODUCTS = "tests/ops/test_int4pack_mm.py"
-# Every kernel by name, and a Hopper tile whose last tiles are divided by rows. memcheck takes ragged n and long sums
-# too; the slower tools take four of the golden cases.
-DIVIDED = "test_a_last_wave_of_few_tiles and 128x48 and bfloat16"
-WIDE = f"not reference and (test_golden_cases or test_every_n_and_long_sums or ({DIVIDED}))"
+# Every kernel by name, and a Hopper tile whose last tiles are divided by rows. memcheck takes ragged n, long sums and
+# results in f32 too; the slower tools take four of the golden cases.
+ALSO = "(test_a_last_wave_of_few_tiles and 128x48 and bfloat16) or (test_a_batch_of_weights and bfloat16 and own)"
+WIDE = f"not reference and (test_golden_cases or test_every_n_and_long_sums or {ALSO})"
 FOUR = "n24_k640 or n128_k512 or n32_k256 or n128_k768"
-NARROW = f"not reference and ((test_golden_cases and ({FOUR})) or ({DIVIDED}))"
+NARROW = f"not reference and ((test_golden_cases and ({FOUR})) or {ALSO})"
 WEIGHTS = "tests/ops/test_dequantize.py"
 SMALL = "cuda_kernel and not 2_to_the_31"
 RUNS = (
     ("memcheck", PRODUCTS, WIDE),
+    ("memcheck", PRODUCTS, "test_a_result_in_f32 and bfloat16"),
     ("racecheck", PRODUCTS, NARROW),
     ("initcheck", PRODUCTS, NARROW),
     ("memcheck", WEIGHTS, SMALL),
@@ -84,8 +86,13 @@ def main() -> None:
         verdict = "caught" if code == FOUND else f"NOT CAUGHT (exit code {code})"
         report.append(f"planted overrun of a JAX array, {past} bytes past its end, memcheck: {verdict}\n{said}")
         failed |= code != FOUND
-    for tool, tests, selection in RUNS:
-        code, said = run(tool, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", tests, "-k", selection])
+
+    def run_tests(tool: str, tests: str, selection: str) -> tuple[int, str]:
+        return run(tool, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", tests, "-k", selection])
+
+    with concurrent.futures.ThreadPoolExecutor(len(RUNS)) as pool:
+        done = list(pool.map(run_tests, *zip(*RUNS, strict=True)))
+    for (tool, tests, selection), (code, said) in zip(RUNS, done, strict=True):
         verdict = "clean" if code == 0 else f"exit code {code}"
         report.append(f"{tool} over {tests} -k '{selection}': {verdict}\n{said}")
         failed |= code != 0

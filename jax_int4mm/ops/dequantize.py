@@ -6,6 +6,7 @@ A primitive, since its derivative is not that of the bit operations which round 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +18,24 @@ from jax.typing import ArrayLike
 
 from jax_int4mm.layout import as_array, unpack_int4, unpacked_shape
 from jax_int4mm.ops import _ffi, validation
-from jax_int4mm.ops._batching import batch_first, stack_rows
-from jax_int4mm.ops._sharding import matrix_like, varying_alike
+from jax_int4mm.ops._batching import batch_first
+from jax_int4mm.ops._sharding import (
+    PACKED,
+    SCALES_AND_ZEROS,
+    UNDIVIDED,
+    Context,
+    Division,
+    W,
+    array_like,
+    batched,
+    context,
+    divided_by_types,
+    divided_by_xla,
+    explicit_mesh,
+    needs_devices_to_lower,
+    varying_alike,
+    weight_units,
+)
 
 
 def dequantize(packed: ArrayLike, scales_and_zeros: ArrayLike, group_size: int = 128) -> jax.Array:
@@ -51,7 +68,17 @@ def dequantize(packed: ArrayLike, scales_and_zeros: ArrayLike, group_size: int =
 @functools.partial(jax.jit, static_argnames="group_size")
 def dequantize_rows(packed: jax.Array, scales_and_zeros: jax.Array, group_size: int) -> jax.Array:
     """:func:`dequantize` without its checks, for callers that have made them."""
-    return _dequantize_p.bind(*varying_alike(packed, scales_and_zeros), group_size=group_size)
+    local = functools.partial(_local, group_size=group_size)
+    if explicit_mesh(packed, scales_and_zeros) is None:
+        return local(UNDIVIDED)(packed, scales_and_zeros)
+    operands = {PACKED: packed, SCALES_AND_ZEROS: scales_and_zeros}
+    return divided_by_types(local, operands, W, weight_units(packed.shape, group_size))
+
+
+def _local(division: Division, *, group_size: int) -> Callable[..., jax.Array]:
+    """What one of the devices that divide a weight computes."""
+    del division
+    return lambda *operands: _dequantize_p.bind(*varying_alike(*operands), group_size=group_size)
 
 
 def dequantize_apart(packed: jax.Array, scales_and_zeros: jax.Array, group_size: int) -> jax.Array:
@@ -64,15 +91,22 @@ def dequantize_apart(packed: jax.Array, scales_and_zeros: jax.Array, group_size:
 
 
 def transposed_dequantize(w: jax.Array, packed: jax.Array, group_size: int) -> jax.Array:
-    """The transpose of dequantisation, which is linear in scales_and_zeros: w [n, k] -> [k/group_size, n, 2] in f32."""
+    """The transpose of dequantisation, which is linear in scales_and_zeros: w [n, k] -> [k/group_size, n, 2] in f32.
+
+    Of a batch of weights, too.
+    """
+    if packed.ndim == 5:
+        return jax.vmap(functools.partial(transposed_dequantize, group_size=group_size))(w, packed)
     n, k, _ = unpacked_shape(packed.shape)
     grouped = w.astype(jnp.float32).reshape(n, k // group_size, group_size)
     centred = unpack_int4(packed).astype(jnp.float32).reshape(grouped.shape) - 8
     return jnp.stack([(grouped * centred).sum(-1).T, grouped.sum(-1).T], axis=-1)
 
 
-# packed, scales_and_zeros -> w [n, k]; parameter group_size: int.
+# packed, scales_and_zeros -> w [n, k], or a batch of weights, each array with one dimension more in front; parameter
+# group_size: int.
 _dequantize_p = Primitive("int4_dequantize")
+needs_devices_to_lower(_dequantize_p)
 
 
 @_dequantize_p.def_abstract_eval
@@ -80,12 +114,14 @@ def _abstract_eval(
     packed: jax.core.ShapedArray, scales_and_zeros: jax.core.ShapedArray, *, group_size: int
 ) -> jax.core.ShapedArray:
     del group_size
-    n, k, _ = unpacked_shape(packed.shape)
-    return matrix_like(scales_and_zeros, (n, k), rows=1)
+    n, k, _ = unpacked_shape(packed.shape[-4:])
+    return array_like(scales_and_zeros, (*packed.shape[:-4], n, k), scales_and_zeros.dtype)
 
 
 def dequantize_reference(packed: jax.Array, scales_and_zeros: jax.Array, *, group_size: int) -> jax.Array:
     """:func:`dequantize_rows` as plain jnp, on every platform; its derivative is that of its operations."""
+    if packed.ndim == 5:
+        return jax.vmap(functools.partial(dequantize_reference, group_size=group_size))(packed, scales_and_zeros)
     q = unpack_int4(packed)
     n, k = q.shape
     centred = q.astype(jnp.float32).reshape(n, k // group_size, group_size) - 8
@@ -117,10 +153,20 @@ _lower_to_xla = mlir.lower_fun(dequantize_reference, multiple_results=False)
 
 
 def _lower_to_kernel(ctx: mlir.LoweringRuleContext, *operands: Any, group_size: int) -> Any:
-    if not _ffi.has_dequantize_kernel():
+    where = context(ctx)
+    # Where XLA divides the arrays further inside a shard_map, it has no way to divide a custom call.
+    if where is Context.MIXED or not _ffi.has_dequantize_kernel():
         return _lower_to_xla(ctx, *operands, group_size=group_size)
+    avals_in: Sequence[Any] = ctx.avals_in
+    packed, scales_and_zeros = avals_in
+    if where is Context.XLA:
+        dimensions = PACKED, SCALES_AND_ZEROS, W
+        of_packed, of_scales, of_w = map(batched, dimensions) if packed.ndim == 5 else dimensions
+        shapes = {of_packed: packed.shape, of_scales: scales_and_zeros.shape}
+        program = divided_by_xla(functools.partial(_local, group_size=group_size), shapes, of_w, group_size)
+        return mlir.lower_fun(program, multiple_results=False)(ctx, *operands)
     # A row-major result; ffi_lowering derives the operands' layouts.
-    rule = jax.ffi.ffi_lowering(_ffi.DEQUANTIZE_TARGET, result_layouts=[(1, 0)])
+    rule = jax.ffi.ffi_lowering(_ffi.DEQUANTIZE_TARGET, result_layouts=[tuple(reversed(range(packed.ndim - 2)))])
     return rule(ctx, *operands, group_size=np.int64(group_size))
 
 
@@ -145,8 +191,14 @@ def _batch(
     operands: tuple[jax.Array, jax.Array], axes: tuple[int | None, int | None], *, group_size: int
 ) -> tuple[jax.Array, int]:
     packed, scales_and_zeros = batch_first(operands, axes)
-    w = _dequantize_p.bind(*stack_rows(packed, scales_and_zeros), group_size=group_size)
-    return w.reshape(len(packed), -1, w.shape[-1]), 0
+    # Batches of batches become one.
+    batch = packed.shape[:-4]
+    w = _dequantize_p.bind(
+        packed.reshape(-1, *packed.shape[-4:]),
+        scales_and_zeros.reshape(-1, *scales_and_zeros.shape[-3:]),
+        group_size=group_size,
+    )
+    return w.reshape(*batch, *w.shape[-2:]), 0
 
 
 batching.primitive_batchers[_dequantize_p] = _batch

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import operator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from jax_int4mm.layout import GROUP_SIZES, check_packed, unpacked_shape
+from jax_int4mm.ops._sharding import axes_of
 
 ArrayOrShape: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
@@ -70,4 +73,31 @@ def check_activations(op: str, x: ArrayOrShape, packed: ArrayOrShape, scales_and
         raise ValueError(
             f"{op}: x has shape {list(x.shape)} and the packed weight k = {k}; x must be [..., k]. "
             "An Int4Weight pads x to the packed k by itself: x @ w4."
+        )
+
+
+def check_result_dtype(name: str, dtype: DTypeLike, x_dtype: DTypeLike) -> np.dtype:
+    """``dtype`` as a dtype, or a TypeError unless it is x's or float32."""
+    dtype = jnp.dtype(dtype)
+    if dtype not in (x_dtype, jnp.dtype(jnp.float32)):
+        raise TypeError(f"int4pack_mm: {name} is {dtype}; it must be float32 or the dtype of x, {x_dtype}.")
+    return dtype
+
+
+def check_out_sharding(out_sharding: NamedSharding | PartitionSpec | None, mesh: Any, ndim: int) -> None:
+    """Raise unless a result of this rank, on this mesh of named axes or on none, can be divided so."""
+    if out_sharding is None:
+        return
+    if mesh is None:
+        raise ValueError(
+            f"int4pack_mm: out_sharding is {out_sharding}, but no argument's type names mesh axes. Where XLA divides "
+            "arrays, use jax.lax.with_sharding_constraint or out_shardings of jax.jit; otherwise put the arguments on "
+            "a mesh whose axes are AxisType.Explicit."
+        )
+    spec = out_sharding.spec if isinstance(out_sharding, NamedSharding) else out_sharding
+    unknown = {axis for entry in spec for axis in axes_of(entry)} - set(mesh.explicit_axes)
+    if len(spec) > ndim or unknown:
+        raise ValueError(
+            f"int4pack_mm: out_sharding is {spec}; the result has {ndim} dimensions, and the mesh of the arguments has "
+            f"the explicit axes {list(mesh.explicit_axes)}."
         )

@@ -70,6 +70,40 @@ def test_wrong_buffers_are_an_error(chosen: Kernel, wrong: dict[str, Any], sente
         call(RIGHT | wrong)
 
 
+BATCH = RIGHT | {
+    "x": ((5, 3, 256), jnp.bfloat16),
+    "packed": ((5, 2, 2, 32, 4), jnp.int32),
+    "scales_and_zeros": ((5, 4, 16, 2), jnp.bfloat16),
+    "y": ((5, 3, 16), jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("x", [(5, 3, 256), (3, 256)], ids=["own x", "shared x"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+def test_a_batch_is_accepted(chosen: Kernel, x: tuple[int, ...], dtype: Any) -> None:
+    y = call(BATCH | {"x": (x, jnp.bfloat16), "y": ((5, 3, 16), dtype)})
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.zeros((5, 3, 16)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"x": ((4, 3, 256), jnp.bfloat16)}, r"x is \[4, 3, 256\].*a batch of 5.*\[m, k\] or \[batch, m, k\]"),
+        ({"x": ((5, 3, 128), jnp.bfloat16)}, r"x is \[5, 3, 128\].*k = 256"),
+        ({"scales_and_zeros": ((4, 16, 2), jnp.bfloat16)}, r"scales_and_zeros is \[4, 16, 2\].*\[5, 4, 16, 2\]"),
+        ({"scales_and_zeros": ((4, 4, 16, 2), jnp.bfloat16)}, r"\[4, 4, 16, 2\].*must be \[5, 4, 16, 2\]"),
+        ({"y": ((3, 16), jnp.bfloat16)}, r"y is \[3, 16\].*\[5, 3, 16\]"),
+        ({"y": ((4, 3, 16), jnp.bfloat16)}, r"y is \[4, 3, 16\].*\[5, 3, 16\]"),
+        ({"packed": ((5, 2, 2, 16, 4), jnp.int32)}, r"packed \[5, 2, 2, 16, 4\].*for a batch"),
+        ({"packed": ((1, 5, 2, 2, 32, 4), jnp.int32)}, r"packed \[1, 5, 2, 2, 32, 4\]"),
+    ],
+    ids=str,
+)
+def test_wrong_buffers_of_a_batch_are_an_error(chosen: Kernel, wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"(?s){sentence}"):
+        call(BATCH | wrong)
+
+
 def test_a_group_size_that_does_not_divide_k_is_an_error(chosen: Kernel) -> None:
     wrong = {
         "x": ((3, 384), jnp.bfloat16),

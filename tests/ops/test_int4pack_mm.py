@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import acceptance
 import cases
 import jax_int4mm as i4
 from jax_int4mm.ops import _ffi
-from kernels import CUDA_IMPLEMENTATIONS, Kernel, int4_weight
+from kernels import CUDA_IMPLEMENTATIONS, Kernel, int4_weight, run_twice_on_poison
 
 FORMATS = pytest.mark.parametrize(("dtype", "group_size", "inner_k_tiles"), cases.FORMATS, ids=str)
 
@@ -83,6 +84,51 @@ def test_ctas_that_divide_k(tile: str, split_k: int, tiles: int, dtype: np.dtype
     explanation = i4.explain(xs[0].shape, int4_weight(weight), kernel.device, tile)
     assert f"each by {split_k} CTAs that divide k" in explanation.reason
     assert_right(kernel, xs, weight, kernel.device)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_a_result_in_f32_is_the_sum_before_its_rounding(
+    kernel: Kernel, dtype: np.dtype, rng: np.random.Generator
+) -> None:
+    # Tails in every dimension, and for most tiles several waves or parts of k.
+    weight = cases.random_weight(rng, 1032, 1152, int(rng.choice([32, 128])), 8, dtype)
+    xs = [cases.random_x(rng, (m, weight.k), dtype) for m in (1, 9, 33, 130, 701)]
+
+    def program(xs: Sequence[jax.Array], *operands: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        f = functools.partial(i4.int4pack_mm, group_size=weight.group_size, implementation=kernel.implementation)
+        return [(f(x, *operands), f(x, *operands, preferred_element_type=jnp.float32)) for x in xs]
+
+    results = run_twice_on_poison(program, xs, weight.packed, weight.scales_and_zeros, device=kernel.device)
+    for x, (rounded, unrounded) in zip(xs, results, strict=True):
+        assert unrounded.dtype == np.float32
+        np.testing.assert_array_equal(unrounded.astype(dtype), rounded)
+        exact = x.astype(np.float64) @ weight.dense(kernel.weights(weight)).astype(np.float64).T
+        magnitude = np.abs(x.astype(np.float64)) @ np.abs(weight.rounded.astype(np.float64)).T
+        # Tensor cores truncate where they add: a chain of 64 or 72 additions, each off by 2^-23 of the sum at most.
+        assert (np.abs(unrounded - exact) <= 1e-5 * magnitude).all()
+
+
+@pytest.mark.parametrize("shared_x", [True, False], ids=["shared x", "own x"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_a_batch_of_weights(kernel: Kernel, dtype: np.dtype, shared_x: bool, rng: np.random.Generator) -> None:
+    n, group_size = int(rng.choice(cases.N)), int(rng.choice([32, 64]))
+    inner_k_tiles = 8 if (kernel.implementation or "").startswith("decode") else 4
+    # Tails of k, behind which the next weight's scales lie: those of the last one are infinite.
+    k = 384 if inner_k_tiles == 8 else 320
+    weights = [cases.random_weight(rng, n, k, group_size, inner_k_tiles, dtype) for _ in range(3)]
+    packed, scales = np.stack([w.packed for w in weights]), np.stack([w.scales_and_zeros for w in weights])
+    scales[-1] = np.inf
+    batches = [cases.random_x(rng, (m, k) if shared_x else (3, m, k), dtype) for m in (1, 5, 17, 33, 129, 300)]
+
+    def program(xs: Sequence[jax.Array], *operands: jax.Array) -> list[jax.Array]:
+        f = functools.partial(i4.int4pack_mm, group_size=group_size, implementation=kernel.implementation)
+        return [jax.vmap(f, (None if shared_x else 0, 0, 0))(x, *operands) for x in xs]
+
+    results = run_twice_on_poison(program, batches, packed, scales, device=kernel.device)
+    for i, weight in enumerate(weights[:-1]):
+        xs = [x if shared_x else x[i] for x in batches]
+        acceptance.check([y[i] for y in results], xs, weight.dense(kernel.weights(weight)), kernel.device)
+    assert not any(np.isfinite(y[-1].astype(np.float32)).any() for y in results)
 
 
 @FORMATS
@@ -153,7 +199,7 @@ def test_the_cuda_tiles_are_those_of_the_plan() -> None:
     found = []
     for kernel in ("decode", "hopper", "ampere"):
         with pytest.raises(ValueError, match="names no tile") as error:
-            _ffi.plan("cuda", 1, 8, 128, 128, 8, "bfloat16", f"{kernel}/none", (90, 132))
+            _ffi.plan("cuda", _ffi.Problem(1, 8, 128, 128, 8, "bfloat16"), f"{kernel}/none", (90, 132))
         named = [part for part in str(error.value).split('"') if part.startswith(f"{kernel}/")]
         found += [kernel, *(name for name in named if name != f"{kernel}/none")]
     assert tuple(found) == CUDA_IMPLEMENTATIONS

@@ -90,44 +90,56 @@ def test_vmap_over_x_is_one_call_with_more_rows(chosen: Kernel, weight: cases.We
     assert bits(inner(x, *dense)) == bits(op(x, *dense))
 
 
-@pytest.mark.parametrize("in_axes", [(0, 0, 0), (1, 0, 0), (0, None, 0)], ids=str)
-def test_vmap_over_weights_takes_each_in_turn(
-    chosen: Kernel, in_axes: tuple[int | None, ...], rng: np.random.Generator
-) -> None:
-    weights = [cases.random_weight(rng, 40, 256, 64, 4) for _ in range(3)]
-    stacked = (
-        cases.random_x(rng, (3, 3, 256)),
-        np.stack([w.packed for w in weights]),
-        np.stack([w.scales_and_zeros for w in weights]),
-    )
-    arguments = [a[0] if axis is None else a for a, axis in zip(stacked, in_axes, strict=True)]
-    each = [
-        op(*(a if axis is None else np.take(a, i, axis) for a, axis in zip(arguments, in_axes, strict=True)))
-        for i in range(3)
-    ]
-    assert bits(jax.vmap(op, in_axes=in_axes)(*arguments)) == b"".join(map(bits, each))
-
-
-@pytest.mark.parametrize(("in_axes", "out_axis"), [((None, 0, 0), 0), ((None, 1, 2), 1), ((None, None, 0), 2)], ids=str)
-def test_vmap_over_weights_alone_is_one_call_with_more_columns(
+@pytest.mark.parametrize(
+    ("in_axes", "out_axis"),
+    [((0, 0, 0), 0), ((1, 0, 0), 2), ((0, None, 0), 1), ((None, 0, 0), 0), ((None, 1, 2), 1), ((None, None, 0), 2)],
+    ids=str,
+)
+def test_vmap_over_weights_is_one_call(
     chosen: Kernel, in_axes: tuple[int | None, ...], out_axis: int, rng: np.random.Generator
 ) -> None:
     weights = [cases.random_weight(rng, 40, 256, 64, 4) for _ in range(3)]
     if in_axes[1] is None:
         weights = [dataclasses.replace(w, q=weights[0].q) for w in weights]
-        packed = weights[0].packed
-    else:
-        packed = np.stack([w.packed for w in weights], in_axes[1])
-    scales_and_zeros = np.stack([w.scales_and_zeros for w in weights], in_axes[2])
-    x = cases.random_x(rng, (9, 256))
+    each = cases.random_x(rng, (3, 9, 256)), [w.packed for w in weights], [w.scales_and_zeros for w in weights]
+    operands = [one[0] if axis is None else np.stack(one, axis) for one, axis in zip(each, in_axes, strict=True)]
     f = jax.vmap(op, in_axes, out_axis)
-    jaxpr = jax.make_jaxpr(f)(x, packed, scales_and_zeros)
+    jaxpr = jax.make_jaxpr(f)(*operands)
     assert calls_in(jaxpr) == 1
     assert "scan[" not in str(jaxpr)
-    y = np.moveaxis(np.asarray(f(x, packed, scales_and_zeros)), out_axis, 0)
-    for i, weight in enumerate(weights):
-        planned = i4.explain((9, 256), int4_weight(weight), chosen.device)
-        acceptance.check([y[i]], [x], weight.dense(planned.weights), chosen.device)
+    ys = np.moveaxis(np.asarray(f(*operands)), out_axis, 0)
+    for i, (y, weight) in enumerate(zip(ys, weights, strict=True)):
+        x = each[0][0 if in_axes[0] is None else i]
+        planned = i4.explain(x.shape, int4_weight(weight), chosen.device)
+        acceptance.check([y], [x], weight.dense(planned.weights), chosen.device)
+
+
+@pytest.mark.parametrize("inner", [(0, 0, 0), (None, 0, 0), (0, None, None)], ids=str)
+@pytest.mark.parametrize("outer", [(0, 0, 0), (None, 0, 0), (0, None, None), (None, None, 0)], ids=str)
+def test_nested_vmap_is_one_call(
+    outer: tuple[int | None, ...], inner: tuple[int | None, ...], rng: np.random.Generator
+) -> None:
+    sizes, weight = (2, 3), [cases.random_weight(rng, 16, 256, 64, 4) for _ in range(6)]
+    x = cases.random_x(rng, (6, 5, 256))
+    arrays = x, np.stack([w.packed for w in weight]), np.stack([w.scales_and_zeros for w in weight])
+
+    def batched(array: np.ndarray, axes: tuple[int | None, int | None]) -> np.ndarray:
+        array = array.reshape(*sizes, *array.shape[1:])
+        return array[tuple(0 if axis is None else slice(None) for axis in axes)]
+
+    operands = [batched(a, axes) for a, axes in zip(arrays, zip(outer, inner, strict=True), strict=True)]
+    f = jax.vmap(jax.vmap(op, inner), outer)
+    jaxpr = jax.make_jaxpr(f)(*operands)
+    assert calls_in(jaxpr) == 1
+    y = np.asarray(f(*operands))
+    assert y.shape == (2, 3, 5, 16)
+    for i, j in np.ndindex(sizes):
+        indices = [
+            tuple(at for at, axis in zip((i, j), axes, strict=True) if axis is not None)
+            for axes in zip(outer, inner, strict=True)
+        ]
+        expected = op(*(operand[index] for operand, index in zip(operands, indices, strict=True)))
+        np.testing.assert_array_equal(y[i, j], expected)
 
 
 def test_a_program_exported_with_symbolic_m_serves_every_m(

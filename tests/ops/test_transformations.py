@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import cases
 import jax_int4mm as i4
 from jax_int4mm.ops import _ffi
-from kernels import Kernel
+from kernels import Kernel, int4_weight
 
 GROUP_SIZE = 64
 
@@ -126,6 +127,22 @@ def test_an_exported_program_runs_in_another_process(
     np.save(tmp_path / "scales_and_zeros.npy", square.scales_and_zeros.view(np.uint16))
     subprocess.run([sys.executable, "-c", RUN_EXPORTED, tmp_path], check=True)
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), np.asarray(product(x, square)).view(np.uint16))
+
+
+def test_an_exported_program_takes_and_returns_int4_weights(square: cases.Weight, rng: np.random.Generator) -> None:
+    x, w4 = cases.random_x(rng, (5, 256)), int4_weight(square)
+
+    def f(x: jax.Array, layer: dict[str, i4.Int4Weight]) -> tuple[jax.Array, i4.Int4Weight]:
+        w4 = layer["w"]
+        return x @ w4, dataclasses.replace(w4, scales_and_zeros=w4.scales_and_zeros * 2)
+
+    checks = [jax.export.DisabledSafetyCheck.custom_call(_ffi.TARGET)]
+    program = jax.export.deserialize(jax.export.export(jax.jit(f), disabled_checks=checks)(x, {"w": w4}).serialize())
+    y, doubled = program.call(x, {"w": w4})
+    np.testing.assert_array_equal(y, x @ w4)
+    assert isinstance(doubled, i4.Int4Weight)
+    assert (doubled.group_size, doubled.shape) == (w4.group_size, w4.shape)
+    np.testing.assert_array_equal(x @ doubled, 2 * y)
 
 
 def test_the_compilation_cache_serves_another_process(tmp_path: pathlib.Path) -> None:

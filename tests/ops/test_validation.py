@@ -165,4 +165,4 @@ def test_what_is_refused_is_wrong_by_itself() -> None:
 @pytest.mark.parametrize("compute_capability", [70, 75])
 def test_a_gpu_older_than_ampere_is_named(compute_capability: int) -> None:
     with pytest.raises(ValueError, match=rf'sm_{compute_capability};.*sm_80.*implementation="reference"'):
-        _ffi.plan("cuda", 1, 8, 128, 128, 8, "bfloat16", None, (compute_capability, 80))
+        _ffi.plan("cuda", _ffi.Problem(1, 8, 128, 128, 8, "bfloat16"), None, (compute_capability, 80))

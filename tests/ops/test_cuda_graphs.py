@@ -81,11 +81,11 @@ def test_a_stack_of_layers_is_a_cuda_graph(
         "graphs": 0,
         "ran": 2 * LAYERS,
     }
-    assert launches(lambda: in_graph(x, ups, downs), tmp_path / "graph") == {
-        "kernels": 0,
-        "graphs": 1,
-        "ran": 2 * LAYERS,
-    }
+    launched = launches(lambda: in_graph(x, ups, downs), tmp_path / "graph")
+    # The last call writes to a new buffer at each run, for which XLA may record it anew: that too is a launch, into a
+    # graph.
+    assert launched.pop("kernels") <= 1
+    assert launched == {"graphs": 1, "ran": 2 * LAYERS}
 
 
 def test_threads_that_call_at_the_same_time(gpu: jax.Device, rng: np.random.Generator) -> None:

@@ -91,10 +91,7 @@ def main() -> None:
     arguments = parse()
     import torch
 
-    properties = torch.cuda.get_device_properties(0)
-    capability = 10 * properties.major + properties.minor
-    architecture = f"{capability}{'a' if capability == 90 else ''}"
-    library = planned_calls.load(arguments.library or planned_calls.build(arguments.build, architecture))
+    library, _ = planned_calls.for_this_gpu(arguments.library, arguments.build)
     run = describe_run(arguments.commit)
     rows: list[dict[str, object]] = []
     for n, k in arguments.shape:

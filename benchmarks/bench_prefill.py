@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import planned_calls
-from planned_calls import Device, Planned, Problem
+from planned_calls import Planned, Problem
 from result_table import write_csv
 from timing import ROTATED_BYTES
 
@@ -310,10 +310,7 @@ def main() -> None:
     arguments = parse()
     import torch
 
-    properties = torch.cuda.get_device_properties(0)
-    device = Device(10 * properties.major + properties.minor, properties.multi_processor_count)
-    architecture = f"{device.compute_capability}{'a' if device.compute_capability == 90 else ''}"
-    library = planned_calls.load(arguments.library or planned_calls.build(arguments.build, architecture))
+    library, device = planned_calls.for_this_gpu(arguments.library, arguments.build)
     ms = arguments.m + random_ms(arguments.random_m, arguments.seed)
     if arguments.random_m:
         print(f"random m of seed {arguments.seed}: {ms[len(arguments.m) :]}")

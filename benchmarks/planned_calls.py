@@ -101,6 +101,20 @@ def load(path: pathlib.Path) -> ctypes.CDLL:
     return library
 
 
+def for_this_gpu(library: pathlib.Path | None, folder: pathlib.Path) -> tuple[ctypes.CDLL, Device]:
+    """The named library, or the one in `folder`, compiled where need be, and PyTorch's current GPU.
+
+    Raises:
+      RuntimeError: as :func:`build`.
+    """
+    import torch
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    device = Device(10 * properties.major + properties.minor, properties.multi_processor_count)
+    architecture = f"{device.compute_capability}{'a' if device.compute_capability == 90 else ''}"
+    return load(library or build(folder, architecture)), device
+
+
 def plan(library: ctypes.CDLL, problem: Problem, device: Device, *, every: bool = False) -> list[Planned]:
     """The plan that the op would take, or every tile of the Hopper kernel and way to divide k.
 

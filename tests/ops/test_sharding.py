@@ -204,6 +204,43 @@ def test_a_megatron_mlp_takes_one_all_reduce(
     assert_same(y, mlp(x, int4_weight(up), int4_weight(down)))
 
 
+@AXIS_TYPES
+def test_a_scan_over_divided_layers_and_its_gradients(
+    axis_type: AxisType, rng: np.random.Generator, cpu_devices: list[jax.Device]
+) -> None:
+    mesh = make_mesh(cpu_devices, axis_type)
+    x = cases.random_x(rng, (4, 8, 256))
+    up, down = (
+        jax.tree.map(
+            lambda *leaves: np.stack(leaves),
+            *(int4_weight(cases.random_weight(rng, n, k, GROUP_SIZE, 4)) for _ in range(3)),
+        )
+        for n, k in ((1024, 256), (256, 1024))
+    )
+
+    def loss(x: jax.Array, up: i4.Int4Weight, down: i4.Int4Weight) -> jax.Array:
+        @jax.checkpoint
+        def layer(x: jax.Array, weights: tuple[i4.Int4Weight, i4.Int4Weight]) -> tuple[jax.Array, None]:
+            up, down = weights
+            return x + jnp.tanh(x @ up) @ down, None
+
+        return (jax.lax.scan(layer, x, (up, down))[0].astype(jnp.float32) ** 2).mean()
+
+    operands = (
+        jax.device_put(x, NamedSharding(mesh, P("d"))),
+        jax.device_put(up, up.shardings(NamedSharding(mesh, P(None, None, "t")))),
+        jax.device_put(down, down.shardings(NamedSharding(mesh, P(None, "t")))),
+    )
+    gradient = jax.grad(loss, (0, 1, 2), allow_int=True)
+    # Of the mean over devices, of the row-parallel product, and in the loop backwards of dx; scales' over "d" after it.
+    assert set(collectives(gradient, *operands)) == {"all-reduce"}
+    found, expected = jax.jit(gradient)(*operands), jax.jit(gradient)(x, up, down)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if a.dtype != jax.dtypes.float0:
+            a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+            np.testing.assert_allclose(a, b, rtol=0.03, atol=0.03 * np.abs(b).max())
+
+
 @pytest.mark.parametrize("manual", [{"d", "t"}, {"d"}], ids=["all", "some"])
 @AXIS_TYPES
 def test_shard_map_over_all_axes_and_over_some(

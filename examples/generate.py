@@ -25,6 +25,7 @@ import numpy as np
 
 import jax_int4mm as i4
 from jax_int4mm import checkpoints
+from jax_int4mm.quantizers import METHODS
 from llama import (
     LINEAR_NAMES,
     Cache,
@@ -110,9 +111,9 @@ def tokenizer_for(model: pathlib.Path, config: Config, token_ids: bool) -> Token
 # --- weights -----------------------------------------------------------------------------------------------------
 
 
-def quantize_linears(params: Params, group_size: int, lm_head: bool) -> Params:
+def quantize_linears(params: Params, group_size: int, lm_head: bool, method: str = "rtn") -> Params:
     """The same model with each linear layer of the decoder, and `lm_head` where asked, as an `Int4Weight`."""
-    quantize = functools.partial(i4.quantize, group_size=group_size)
+    quantize = functools.partial(i4.quantize, group_size=group_size, method=method)
     layers = [layer | {name: quantize(layer[name]) for name in LINEAR_NAMES} for layer in params["layers"]]
     return params | {"layers": layers} | ({"lm_head": quantize(params["lm_head"])} if lm_head else {})
 
@@ -247,6 +248,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dense", action="store_true", help="generate with the weights as they are in the file")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--group-size", type=int, choices=(32, 64, 128, 256), default=64)
+    parser.add_argument("--method", choices=METHODS, default="rtn", help="how weights are quantised (default rtn)")
     parser.add_argument("--quantize-lm-head", action="store_true", help="the output projection in int4 too")
     parser.add_argument("--perplexity-windows", type=int, default=32, help="windows of heldout.txt; 0 for none")
     args = parser.parse_args(argv)
@@ -269,7 +271,9 @@ def run(args: argparse.Namespace) -> None:
     dense = params_from_huggingface(checkpoint, config, args.dtype)
     models = {args.dtype: dense}
     if not args.dense:
-        models[f"int4 g{args.group_size}"] = quantize_linears(dense, args.group_size, args.quantize_lm_head)
+        models[f"int4 g{args.group_size}"] = quantize_linears(
+            dense, args.group_size, args.quantize_lm_head, args.method
+        )
     print(f"{args.model} on {jax.devices()[0].device_kind}")
     for name, params in models.items():
         linear, whole = linear_bytes(params), stored_bytes(params, config)

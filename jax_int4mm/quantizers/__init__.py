@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_int4mm.layout import as_array, check_inner_k_tiles, pack_int4
 from jax_int4mm.ops.validation import ACTIVATION_DTYPES, check_group_size
-from jax_int4mm.quantizers.rtn import quantize_rtn
+from jax_int4mm.quantizers.hqq import quantize_hqq
+from jax_int4mm.quantizers.mse import quantize_mse
+from jax_int4mm.quantizers.rtn import nearest, quantize_rtn
 from jax_int4mm.weight import Int4Weight, padded_size
 
-METHODS = ("rtn",)
+METHODS = ("rtn", "mse", "hqq")
 
 
 def quantize(
@@ -31,8 +35,10 @@ def quantize(
       w: [*stacked, k, n] floats: the matrix you would write ``x @ w`` with. k and n are free; padding to the packed
         format's multiples is made here, once.
       group_size: 32, 64, 128 or 256 values of k that share a scale and a zero.
-      method: "rtn", round to nearest between each group's minimum and maximum (see :mod:`jax_int4mm.quantizers.rtn`).
-      symmetric: no zeros: the range is symmetric around 0.
+      method: "rtn", round to nearest between each group's minimum and maximum (:mod:`jax_int4mm.quantizers.rtn`);
+        "mse", the same with the range clipped to the least squared error (:mod:`jax_int4mm.quantizers.mse`); "hqq",
+        zeros chosen so that few errors are large (:mod:`jax_int4mm.quantizers.hqq`).
+      symmetric: no zeros: the range is symmetric around 0. Not with "hqq", which is a choice of zeros.
       dtype: bfloat16 or float16, of scales, zeros and the activations that the weight will multiply; None for w's
         dtype if it is one of these, else bfloat16.
       inner_k_tiles: 2, 4 or 8, the packed format's parameter. 8 is what torchao's checkpoints have.
@@ -43,13 +49,19 @@ def quantize(
     Raises:
       TypeError: w is no float array, or dtype is neither bfloat16 nor float16.
       ValueError: w has fewer than two dimensions or an empty one, holds (where it is concrete) a value that is not
-        finite or too large for dtype, or group_size, method or inner_k_tiles is not one of the above.
+        finite or too large for dtype, or group_size, method or inner_k_tiles is not one of the above, or "hqq" is to be
+        symmetric.
     """
     w = as_array("quantize", "w", w)
     group_size = check_group_size("quantize", group_size)
     check_inner_k_tiles("quantize", inner_k_tiles)
     if method not in METHODS:
         raise ValueError(f"quantize: method is {method!r}; it must be one of {', '.join(map(repr, METHODS))}.")
+    if symmetric and method == "hqq":
+        raise ValueError(
+            'quantize: method is "hqq" and symmetric True; HQQ is a choice of zeros, which a symmetric weight does not '
+            'have. Take method="mse" for a symmetric weight with a searched range, or symmetric=False.'
+        )
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"quantize: w has dtype {w.dtype}; it must be a float matrix. Pack integers with pack_int4(q).")
     if dtype is None:
@@ -62,12 +74,14 @@ def quantize(
     if not isinstance(w, jax.core.Tracer):
         w = jnp.asarray(w)
         _check_range(w, dtype)
-    one = functools.partial(
-        _quantize_one, group_size=group_size, symmetric=bool(symmetric), dtype=dtype, inner_k_tiles=inner_k_tiles
+    packed, scales_and_zeros = _quantize_stack(
+        w,
+        group_size=group_size,
+        method=method,
+        symmetric=bool(symmetric),
+        dtype=dtype,
+        inner_k_tiles=inner_k_tiles,
     )
-    for _ in w.shape[:-2]:
-        one = jax.vmap(one)
-    packed, scales_and_zeros = one(w)
     k, n = w.shape[-2:]
     return Int4Weight(packed, scales_and_zeros, group_size=group_size, k=k, n=n)
 
@@ -83,16 +97,35 @@ def _check_range(w: jax.Array, dtype: np.dtype) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "symmetric", "dtype", "inner_k_tiles"))
+@functools.partial(jax.jit, static_argnames=("group_size", "method", "symmetric", "dtype", "inner_k_tiles"))
+def _quantize_stack(w: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
+    """The leaves of a matrix, or of a stack, one matrix after the other: what is needed meanwhile is that of one."""
+    one: Callable[[jax.Array], tuple[jax.Array, jax.Array]] = functools.partial(_quantize_one, **options)
+    if w.ndim == 2:
+        return one(w)
+    stacked = w.shape[:-2]
+    packed, scales_and_zeros = jax.lax.map(one, w.reshape(-1, *w.shape[-2:]))
+    return packed.reshape(*stacked, *packed.shape[1:]), scales_and_zeros.reshape(*stacked, *scales_and_zeros.shape[1:])
+
+
 def _quantize_one(
-    w: jax.Array, *, group_size: int, symmetric: bool, dtype: np.dtype, inner_k_tiles: int
+    w: jax.Array, *, group_size: int, method: str, symmetric: bool, dtype: np.dtype, inner_k_tiles: int
 ) -> tuple[jax.Array, jax.Array]:
     k, n = w.shape
     padded_n, padded_k = padded_size(n, k, group_size, inner_k_tiles)
     whole_k = -(-k // group_size) * group_size
     # A last group that is not full takes its range from what it has: repeating the last value adds nothing to it.
     rows = jnp.pad(w.T.astype(jnp.float32), [(0, 0), (0, whole_k - k)], mode="edge")
-    q, scales_and_zeros = quantize_rtn(rows, group_size=group_size, symmetric=symmetric, dtype=dtype)
+    groups = rows.reshape(n, whole_k // group_size, group_size)
+    counted = (jnp.arange(whole_k) < k).astype(jnp.float32).reshape(groups.shape[1:])
+    if method == "hqq":
+        scale, zero = quantize_hqq(groups, counted, dtype=dtype)
+    elif method == "mse":
+        scale, zero = quantize_mse(groups, counted, symmetric=symmetric, dtype=dtype)
+    else:
+        scale, zero = quantize_rtn(groups, symmetric=symmetric, dtype=dtype)
+    q = nearest(groups, scale, zero).astype(jnp.uint8).reshape(rows.shape)
+    scales_and_zeros = jnp.stack([scale, zero], axis=-1).transpose(1, 0, 2).astype(dtype)
     q = jnp.pad(q[:, :k], [(0, padded_n - n), (0, padded_k - k)], constant_values=8)
     scales_and_zeros = jnp.pad(
         scales_and_zeros, [(0, (padded_k - whole_k) // group_size), (0, padded_n - n), (0, 0)], constant_values=0

@@ -13,31 +13,40 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def quantize_rtn(w: jax.Array, *, group_size: int, symmetric: bool, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
-    """Quantise rows of w in groups along k.
+def quantize_rtn(groups: jax.Array, *, symmetric: bool, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+    """The scale and the zero of each group, f32 [n, k/group_size], of values that dtype has.
 
     Args:
-      w: [n, k] float32, k a multiple of group_size.
-      group_size: values of k that share a scale and a zero.
+      groups: [n, k/group_size, group_size] float32.
       symmetric: zero is 0 and scale = max|w| / 7.5, the middle between clipping the positive end (8) and wasting a step
         (7), as GPTQ and compressed-tensors have it; else minimum and maximum are both representable.
       dtype: of scale and zero: bfloat16 or float16.
-
-    Returns:
-      q uint8 [n, k] in 0..15 and scales_and_zeros [k/group_size, n, 2] in dtype.
     """
-    n, k = w.shape
-    groups = w.reshape(n, k // group_size, group_size)
-    # A constant group has no range: the smallest normal number keeps the division below defined and its result 0.
+    return scale_and_zero(groups.min(axis=-1), groups.max(axis=-1), symmetric=symmetric, dtype=dtype)
+
+
+def scale_and_zero(low: jax.Array, high: jax.Array, *, symmetric: bool, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+    """Scale and zero, rounded to dtype, in f32, that represent low and high or, symmetric, the larger of them."""
+    # A constant group has no range: the smallest normal number keeps the division by it defined and its result 0.
     smallest = jnp.finfo(dtype).smallest_normal.astype(jnp.float32)
-    low = groups.min(axis=-1)
-    high = groups.max(axis=-1)
     if symmetric:
-        scale = jnp.maximum(jnp.maximum(-low, high) / 7.5, smallest).astype(dtype)
-        zero = jnp.zeros_like(scale)
-    else:
-        scale = jnp.maximum((high - low) / 15, smallest).astype(dtype)
-        zero = (low + 8 * scale.astype(jnp.float32)).astype(dtype)
-    stored_scale, stored_zero = scale.astype(jnp.float32)[..., None], zero.astype(jnp.float32)[..., None]
-    q = jnp.clip(jnp.round((groups - stored_zero) / stored_scale) + 8, 0, 15).astype(jnp.uint8)
-    return q.reshape(n, k), jnp.stack([scale, zero], axis=-1).transpose(1, 0, 2)
+        scale = rounded(jnp.maximum(jnp.maximum(-low, high) / 7.5, smallest), dtype)
+        return scale, jnp.zeros_like(scale)
+    scale = rounded(jnp.maximum((high - low) / 15, smallest), dtype)
+    return scale, rounded(low + 8 * scale, dtype)
+
+
+def rounded(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """The nearest numbers of dtype, in f32."""
+    return x.astype(dtype).astype(jnp.float32)
+
+
+def nearest(groups: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
+    """Q in 0..15, as f32, of the value (q - 8) * scale + zero that is nearest to each weight."""
+    return jnp.clip(jnp.round((groups - zero[..., None]) / scale[..., None]) + 8, 0, 15)
+
+
+def errors(groups: jax.Array, scale: jax.Array, zero: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Q of each weight, and the weight less what q stands for."""
+    q = nearest(groups, scale, zero)
+    return q, groups - ((q - 8) * scale[..., None] + zero[..., None])

@@ -19,6 +19,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import jax_int4mm as i4
 address, processes, process, devices, folder, seed = sys.argv[1:]
+jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", int(devices))
 if int(processes) > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

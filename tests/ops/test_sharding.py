@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -48,6 +48,13 @@ WAYS = {
     "data and row": (P("d", "t"), P(None, "t"), ["all-reduce"]),
     "row and column": (P(None, "t"), P("d", "t"), ["all-reduce"]),
 }
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(cpu_devices: list[jax.Device]) -> Iterator[None]:
+    """What no mesh holds is computed on a CPU too, by the same kernels, where there is a GPU."""
+    with jax.default_device(cpu_devices[0]):
+        yield
 
 
 def make_mesh(devices: list[jax.Device], axis_type: AxisType = AxisType.Auto) -> Mesh:

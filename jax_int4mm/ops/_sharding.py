@@ -97,7 +97,7 @@ def weight_units(packed_shape: tuple[int, ...], group_size: int) -> dict[str, in
 def divide(
     sizes: Mapping[str, int], units: Mapping[str, int], wishes: Sequence[Wish], result: Wish | None = None
 ) -> Division:
-    """The division that follows the wishes, of those that name the same dimension or mesh axis the first.
+    """The division that follows the wishes: of those that name the same dimension or mesh axis the weight's, the first.
 
     Args:
       sizes: devices along each mesh axis.
@@ -107,7 +107,9 @@ def divide(
     """
     axes: dict[str, Axes] = {}
     taken: set[str] = set()
-    for dimensions, spec in [*wishes, *([result] if result else [])]:
+    # The weight decides, x follows. It alone has dimensions that are never divided.
+    by_weight = sorted(wishes, key=lambda wish: None not in wish[0])
+    for dimensions, spec in [*by_weight, *([result] if result else [])]:
         for dimension, entry in zip(dimensions, spec, strict=False):
             if dimension is None or axes.get(dimension):
                 continue
@@ -210,8 +212,6 @@ def divided_by_xla(
 
     def partition(mesh: Any, arguments: Sequence[Any], wanted: Any) -> Any:
         wishes = [(d, a.sharding.spec) for d, a in zip(operands, arguments, strict=True)]
-        # The weight decides, x follows.
-        wishes.sort(key=lambda wish: None not in wish[0])
         division = divide(mesh.shape, units, wishes, (result, wanted.sharding.spec))
         shardings = tuple(NamedSharding(mesh, division.spec(d)) for d in operands)
         return mesh, local(division), NamedSharding(mesh, division.result_spec(result)), shardings
@@ -244,7 +244,7 @@ def divided_by_types(
 
     Args:
       local: for a division, what a device computes of its parts of the operands.
-      operands: and their dimensions; those whose division counts first come first.
+      operands: and their dimensions, in order.
       result: the dimensions of the result.
       units: how many parts of each dimension can be told apart.
       out_spec: how the result is to be divided; None for what costs least.

@@ -123,15 +123,15 @@ def _int4pack_mm(
         accum_dtype=validation.check_result_dtype("accum_dtype", accum_dtype, x.dtype),
     )
     mesh = explicit_mesh(x, packed, scales_and_zeros)
-    validation.check_out_sharding(out_sharding, mesh, len(y_dimensions))
+    out_spec = validation.check_out_sharding(out_sharding, mesh, len(y_dimensions))
     if mesh is None:
         y = local(UNDIVIDED)(x, packed, scales_and_zeros)
     else:
         y = divided_by_types(
-            lambda division: lambda packed, scales_and_zeros, x: local(division)(x, packed, scales_and_zeros),
-            {PACKED: packed, SCALES_AND_ZEROS: scales_and_zeros, (*rows, "k"): x},
+            local,
+            {(*rows, "k"): x, PACKED: packed, SCALES_AND_ZEROS: scales_and_zeros},
             y_dimensions,
             {**weight_units(packed.shape, group_size), **dict(zip(rows, x.shape, strict=False))},
-            out_sharding.spec if isinstance(out_sharding, NamedSharding) else out_sharding,
+            out_spec,
         )
     return checkpoint_name(y, "int4pack_mm")

@@ -84,10 +84,12 @@ def check_result_dtype(name: str, dtype: DTypeLike, x_dtype: DTypeLike) -> np.dt
     return dtype
 
 
-def check_out_sharding(out_sharding: NamedSharding | PartitionSpec | None, mesh: Any, ndim: int) -> None:
-    """Raise unless a result of this rank, on this mesh of named axes or on none, can be divided so."""
+def check_out_sharding(
+    out_sharding: NamedSharding | PartitionSpec | None, mesh: Any, ndim: int
+) -> PartitionSpec | None:
+    """Its PartitionSpec, or a ValueError unless a result of this rank on this mesh of named axes can be divided so."""
     if out_sharding is None:
-        return
+        return None
     if mesh is None:
         raise ValueError(
             f"int4pack_mm: out_sharding is {out_sharding}, but no argument's type names mesh axes. Where XLA divides "
@@ -101,3 +103,4 @@ def check_out_sharding(out_sharding: NamedSharding | PartitionSpec | None, mesh:
             f"int4pack_mm: out_sharding is {spec}; the result has {ndim} dimensions, and the mesh of the arguments has "
             f"the explicit axes {list(mesh.explicit_axes)}."
         )
+    return spec

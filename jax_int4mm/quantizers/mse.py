@@ -29,20 +29,16 @@ def quantize_mse(
     low, high = groups.min(axis=-1), groups.max(axis=-1)
     middle, half = (low + high) / 2, (high - low) / 2
 
-    def shrunk(i: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
-        part = 1 - jnp.asarray(i, jnp.float32) / 100
-        ends = (low * part, high * part) if symmetric else (middle - half * part, middle + half * part)
-        scale, zero = scale_and_zero(*ends, symmetric=symmetric, dtype=dtype)
+    def judged(low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        scale, zero = scale_and_zero(low, high, symmetric=symmetric, dtype=dtype)
         _, error = errors(groups, scale, zero)
         return (error**2 * counted).sum(axis=-1), scale, zero
 
-    def better(i: jax.typing.ArrayLike, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        found = shrunk(i)
+    def better(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        part = 1 - i.astype(jnp.float32) / 100
+        found = judged(*((low * part, high * part) if symmetric else (middle - half * part, middle + half * part)))
         return tuple(jnp.where(found[0] < best[0], new, old) for new, old in zip(found, best, strict=True))
 
     # The whole range as it is, not as the sum of its middle and its half.
-    scale, zero = scale_and_zero(low, high, symmetric=symmetric, dtype=dtype)
-    _, error = errors(groups, scale, zero)
-    whole = (error**2 * counted).sum(axis=-1), scale, zero
-    _, scale, zero = jax.lax.fori_loop(1, STEPS, better, whole)
+    _, scale, zero = jax.lax.fori_loop(1, STEPS, better, judged(low, high))
     return scale, zero

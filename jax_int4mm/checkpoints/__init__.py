@@ -1,6 +1,7 @@
-"""Reading model checkpoints from disk. Only safetensors and JSON are parsed; nothing is ever unpickled."""
+"""Reading model checkpoints from disk. Only safetensors, GGUF and JSON are parsed; nothing is ever unpickled."""
 
 from jax_int4mm.checkpoints.checkpoint import Checkpoint, load
-from jax_int4mm.checkpoints.safetensors_files import CheckpointError, MissingTensorError
+from jax_int4mm.checkpoints.entry import Entry
+from jax_int4mm.checkpoints.errors import CheckpointError, MissingTensorError, RequantizedWarning
 
-__all__ = ["Checkpoint", "CheckpointError", "MissingTensorError", "load"]
+__all__ = ["Checkpoint", "CheckpointError", "Entry", "MissingTensorError", "RequantizedWarning", "load"]

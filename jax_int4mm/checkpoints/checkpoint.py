@@ -1,97 +1,100 @@
-"""What a checkpoint looks like from outside, whatever its format, and the choice of its reader."""
+"""What a checkpoint looks like from outside, whatever its format."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
-from jax_int4mm.checkpoints import safetensors_files
-from jax_int4mm.checkpoints.safetensors_files import CheckpointError
-
-# Endings of tensor names that only a quantised checkpoint has, for files that come without a config.json.
-_QUANTISED_NAMES = {
-    ".qweight": "GPTQ or AWQ",
-    ".weight_packed": "compressed-tensors",
-    ".W_q": "HQQ",
-    "_weight_qdata": "torchao",
-    ".absmax": "bitsandbytes",
-}
+from jax_int4mm.checkpoints.detection import read_entries
+from jax_int4mm.checkpoints.entry import Entry
+from jax_int4mm.checkpoints.errors import MissingTensorError, RequantizedWarning
+from jax_int4mm.ops.validation import ACTIVATION_DTYPES
+from jax_int4mm.weight import Int4Weight
 
 
-class Checkpoint(Mapping[str, np.ndarray]):
-    """Tensors of a checkpoint by name, as stored; one tensor is read at a time, when it is asked for.
+class Checkpoint(Mapping[str, "np.ndarray | Int4Weight"]):
+    """Parameters of a checkpoint by their Hugging Face names; each is read when it is asked for.
 
     Attributes:
       path: The directory or file that was given to `load`.
-      config: The parsed `config.json` of the directory; None where there is none.
+      config: The parsed `config.json` of the directory (of a GGUF file: the equivalent of its metadata); None where
+        there is none.
+      format: What the weights are stored as: "gptq", "awq", ..., "safetensors" for dense ones.
+      entries: What is known of each parameter without reading it.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any] | None, tensors: Mapping[str, np.ndarray]):
+    def __init__(self, path: Path, config: dict[str, Any] | None, format: str, entries: Mapping[str, Entry]):
         self.path = path
         self.config = config
-        self._tensors = tensors
+        self.format = format
+        self.entries = entries
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._tensors[name]
+    def __getitem__(self, name: str) -> np.ndarray | Int4Weight:
+        entry = self.entries.get(name)
+        if entry is None:
+            raise MissingTensorError(f"{self.path} holds no parameter {name!r} among its {len(self)} parameters")
+        return entry.read()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tensors
+        return name in self.entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self.entries)
 
     def __repr__(self) -> str:
-        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
+        return f"Checkpoint({str(self.path)!r}, format {self.format!r}, {len(self)} parameters)"
 
 
-def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens an unquantised safetensors checkpoint: a Hugging Face directory (one file or shards), or one file.
+def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Checkpoint:
+    """Opens a checkpoint: a Hugging Face directory (one safetensors file or shards), one safetensors or GGUF file.
 
-    No tensor is read yet; `checkpoint[name]` gives a numpy array in the stored dtype (bf16 as `ml_dtypes.bfloat16`)
-    and shape, so a linear layer is [out, in] as Hugging Face stores it.
+    docs/checkpoints.md lists the formats. No parameter is read yet, but every shape is checked. `checkpoint[name]`
+    gives, under its Hugging Face name, a numpy array in the stored dtype and shape or, of a weight that is stored as
+    4-bit integers in groups, an :class:`jax_int4mm.Int4Weight` on JAX's default device. Hugging Face stores a linear
+    layer as [out, in]; the Int4Weight of one is (in, out): ``x @ checkpoint[name]``.
+
+    Args:
+      path: the directory or file.
+      dtype: bfloat16 or float16, of quantised weights, whose scales and zeros are rounded to it once; None for the
+        dtype of the stored scales if it is one of these, else bfloat16.
 
     Raises:
       FileNotFoundError: there is nothing at `path`.
-      CheckpointError: a file is truncated or malformed, shards are missing or lie outside the directory, or the
-        checkpoint is quantised, which is not read yet. Looking up a name that the checkpoint does not hold raises its
-        subclass MissingTensorError, a KeyError.
-      ImportError: the safetensors package is not installed.
+      TypeError: dtype is neither bfloat16 nor float16.
+      CheckpointError: a file is truncated or malformed, shards are missing or lie outside the directory, a tensor is
+        missing or of another shape than its format says, or the format is not read. Looking up a name that the
+        checkpoint does not hold raises its subclass MissingTensorError, a KeyError.
+      ImportError: the safetensors or gguf package is not installed.
+
+    Warns:
+      RequantizedWarning: some weights will be dequantised and quantised anew, and why.
     """
+    if dtype is not None and np.dtype(dtype) not in ACTIVATION_DTYPES:
+        raise TypeError(f"load: dtype is {np.dtype(dtype)}; it must be bfloat16 or float16, that of the activations.")
     path = Path(path)
-    config_path = path / "config.json"
-    config = safetensors_files.read_json_object(config_path) if config_path.is_file() else None
-    _refuse_quantised_config(config or {}, config_path)
-    tensors = safetensors_files.find(path)
-    _refuse_quantised_names(tensors, path)
-    return Checkpoint(path, config, tensors)
+    config, format, entries = read_entries(path, dtype)
+    _warn_of_requantized(path, entries)
+    return Checkpoint(path, config, format, entries)
 
 
-def _refuse_quantised_config(config: Mapping[str, Any], config_path: Path) -> None:
-    if "quantization_config" in config:
-        settings = config["quantization_config"]
-        method = str(settings.get("quant_method", "unnamed")) if isinstance(settings, dict) else "unnamed"
-    elif "quantization" in config:
-        method = "MLX"
-    else:
-        return
-    raise CheckpointError(
-        f"{config_path} says that the checkpoint is quantised (method: {method}), which is not yet read; "
-        "load the bf16, f16 or f32 model that it was made from and quantise that with jax_int4mm.quantize"
-    )
-
-
-def _refuse_quantised_names(tensors: Mapping[str, np.ndarray], path: Path) -> None:
-    for name in tensors:
-        for ending, method in _QUANTISED_NAMES.items():
-            if name.endswith(ending):
-                raise CheckpointError(
-                    f"{path} holds tensor {name!r}, so it is quantised ({method}), which is not yet read; "
-                    "load the bf16, f16 or f32 model that it was made from and quantise that with jax_int4mm.quantize"
-                )
+def _warn_of_requantized(path: Path, entries: Mapping[str, Entry]) -> None:
+    reasons: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        if entry.requantized is not None:
+            reasons.setdefault(entry.requantized, []).append(name)
+    for reason, names in reasons.items():
+        warnings.warn(
+            f"{path}: {len(names)} of {len(entries)} parameters, {names[0]!r} first, are dequantised and quantised "
+            f"anew (round to nearest) when they are read, which adds to their error: {reason}.",
+            RequantizedWarning,
+            stacklevel=3,
+        )

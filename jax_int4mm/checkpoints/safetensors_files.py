@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, where safetensors looks it up by name)
 import numpy as np
 
+from jax_int4mm.checkpoints.errors import CheckpointError, MissingTensorError
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# Names of element types in a safetensors header that numpy, with ml_dtypes, represents.
-_READABLE_DTYPES = {"BF16", "F16", "F32", "F64", "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is malformed, incomplete or of a kind that is not read; the message says which."""
-
-
-class MissingTensorError(CheckpointError, KeyError):
-    """The checkpoint holds no tensor of that name."""
-
-    # KeyError would print the sentence as a quoted string.
-    __str__ = Exception.__str__
+# Element types in a safetensors header that numpy, with ml_dtypes, represents, and bytes of one element.
+_READABLE_TYPES = {
+    **{"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "BOOL": 1},
+    **{"U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8},
+}
+FLOAT_TYPES = ("BF16", "F16", "F32")
 
 
 class SafetensorsFiles(Mapping[str, np.ndarray]):
@@ -53,20 +49,66 @@ class SafetensorsFiles(Mapping[str, np.ndarray]):
                     "index and shards are not of one checkpoint: copy or download it again"
                 )
         self._files = dict(files)
+        slices = {name: self._handles[path].get_slice(name) for name, path in self._files.items()}
+        self._types = {name: str(part.get_dtype()) for name, part in slices.items()}
+        self._shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The `__metadata__` of all files."""
+        merged: dict[str, str] = {}
+        for handle in self._handles.values():
+            merged |= handle.metadata() or {}
+        return merged
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not read."""
+        return self._shapes[name]
+
+    def element_type(self, name: str) -> str:
+        """The element type of a tensor as safetensors spells it: BF16, F16, I32, ..."""
+        return self._types[name]
+
+    def nbytes(self, *names: str) -> int:
+        """Bytes of the named tensors in their files, 0 for element types that are not read."""
+        return sum(math.prod(self._shapes[name]) * _READABLE_TYPES.get(self._types[name], 0) for name in names)
+
+    def expect(self, name: str, types: Sequence[str], shape: Sequence[int | None], rule: str) -> tuple[int, ...]:
+        """The shape of a tensor, if the file has it with one of these types and this shape (None: any size).
+
+        Raises:
+          CheckpointError: it does not; the message ends with `rule`, which says what the format stores there.
+        """
+        if name not in self._files:
+            raise CheckpointError(f"{self.folder} holds no tensor {name!r}: {rule}; the checkpoint is incomplete")
+        found = self._shapes[name]
+        fits = len(found) == len(shape) and all(want in (None, have) for want, have in zip(shape, found, strict=True))
+        if self._types[name] not in types or not fits:
+            raise CheckpointError(
+                f"tensor {name!r} in {self._files[name]} is {self._types[name]} {list(found)}; {rule}, here "
+                f"{' or '.join(types)} [{', '.join('any' if want is None else str(want) for want in shape)}]"
+            )
+        return found
+
+    @property
+    def folder(self) -> str:
+        """Where the files are, for messages."""
+        return ", ".join(sorted({str(path.parent) for path in self._handles}))
 
     def __getitem__(self, name: str) -> np.ndarray:
         path = self._files.get(name)
         if path is None:
-            folders = sorted({str(path.parent) for path in self._handles})
-            raise MissingTensorError(f"{', '.join(folders)} holds no tensor {name!r} among its {len(self)} tensors")
-        handle = self._handles[path]
-        dtype = handle.get_slice(name).get_dtype()
-        if dtype not in _READABLE_DTYPES:
+            raise MissingTensorError(f"{self.folder} holds no tensor {name!r} among its {len(self)} tensors")
+        if self._types[name] not in _READABLE_TYPES:
             raise CheckpointError(
-                f"tensor {name!r} in {path} has elements of type {dtype}, which is not read; "
+                f"tensor {name!r} in {path} has elements of type {self._types[name]}, which is not read; "
                 "convert the checkpoint to bf16, f16 or f32"
             )
-        tensor: np.ndarray = handle.get_tensor(name)
+        tensor: np.ndarray = self._handles[path].get_tensor(name)
         return tensor
 
     def __contains__(self, name: object) -> bool:

@@ -112,7 +112,9 @@ def test_missing_tensor(tmp_path: Path):
     with pytest.raises(KeyError) as caught:
         checkpoint["model.layers.0.mlp.up_proj.weight"]
     assert isinstance(caught.value, checkpoints.CheckpointError)
-    assert str(caught.value) == f"{tmp_path} holds no tensor 'model.layers.0.mlp.up_proj.weight' among its 4 tensors"
+    assert (
+        str(caught.value) == f"{tmp_path} holds no parameter 'model.layers.0.mlp.up_proj.weight' among its 4 parameters"
+    )
     assert "model.layers.0.mlp.up_proj.weight" not in checkpoint
     assert checkpoint.get("model.layers.0.mlp.up_proj.weight") is None
 
@@ -211,35 +213,48 @@ def test_malformed_json(tmp_path: Path, file: str, content: bytes, sentence: str
 
 
 @pytest.mark.parametrize(
-    ("config", "method"),
+    ("config", "what"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
-        ({"quantization_config": {}}, "unnamed"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes, whose 4-bit"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "MXFP4, 4-bit floats"),
+        ({"quantization_config": {"quant_method": "exl2", "bits": 4.0}}, "ExLlamaV2, of several bit widths"),
+        ({"quantization_config": {"quant_method": "exl3"}}, "ExLlamaV3"),
+        ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, "8-bit floats"),
+        ({"quantization_config": {"quant_method": "modelopt"}}, "NVIDIA Model Optimizer"),
+        ({"quantization_config": {"quant_method": "something_new"}}, "method 'something-new'"),
     ],
 )
-def test_quantised_by_its_config(tmp_path: Path, config: dict[str, object], method: str):
+def test_refused_by_its_config(tmp_path: Path, config: dict[str, object], what: str):
     safetensors.numpy.save_file(random_tensors(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        checkpoints.CheckpointError, match=rf"is quantised \(method: {method}\), which is not yet read; load the bf16"
+        checkpoints.CheckpointError, match=rf"is quantised \({what}.*\), which is not read; load the bf16, f16 or f32"
     ):
         checkpoints.load(tmp_path)
 
 
+@pytest.mark.parametrize("settings", ['{"quantization_config": {}}', '{"quantization_config": [4]}'])
+def test_quantised_in_an_unknown_way(tmp_path: Path, settings: str):
+    safetensors.numpy.save_file(random_tensors(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(settings)
+    with pytest.raises(checkpoints.CheckpointError, match=r"without a quant_method|that is not an object"):
+        checkpoints.load(tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("name", "method"),
+    ("name", "what"),
     [
-        ("model.layers.0.mlp.up_proj.qweight", "GPTQ or AWQ"),
-        ("model.layers.0.mlp.up_proj.weight_packed", "compressed-tensors"),
-        ("model.layers.0.mlp.up_proj.W_q", "HQQ"),
-        ("model.layers.0.mlp.up_proj._weight_qdata", "torchao"),
         ("model.layers.0.mlp.up_proj.weight.absmax", "bitsandbytes"),
+        ("model.layers.0.mlp.up_proj.weight.quant_map", "bitsandbytes"),
+        ("model.layers.0.mlp.experts.gate_up_proj_blocks", "MXFP4"),
+        ("model.layers.0.mlp.up_proj.q_weight", "ExLlamaV2"),
+        ("model.layers.0.mlp.up_proj.trellis", "ExLlamaV3"),
+        ("model.layers.0.mlp.up_proj.weight_scale_inv", "8-bit floats"),
     ],
 )
-def test_quantised_by_its_names(tmp_path: Path, name: str, method: str):
+def test_refused_by_its_names(tmp_path: Path, name: str, what: str):
     safetensors.numpy.save_file({name: np.zeros((2, 2), np.int32)}, tmp_path / "file.safetensors")
-    with pytest.raises(checkpoints.CheckpointError, match=rf"'{name}', so it is quantised \({method}\), which"):
+    with pytest.raises(checkpoints.CheckpointError, match=rf"'{name}', so it is quantised \({what}.*\), which is not"):
         checkpoints.load(tmp_path / "file.safetensors")
 
 

@@ -1,0 +1,121 @@
+"""compressed-tensors checkpoints of the "pack-quantized" format, as llm-compressor writes them.
+
+Of a linear layer [n, k]: `weight_packed` int32 [n, ceil(k/8)], eight values of k in a word, each stored plus 8;
+`weight_scale` [n, groups], [n, 1] for one scale a channel; `weight_shape`; without symmetry `weight_zero_point`, int32
+[ceil(n/8), groups] packed along n, in older files int8 [n, groups]. `weight_g_idx` int32 [k] gives the group of each k
+where an older release ordered them by activations. w = (q - zero point) * scale with both signed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from jax_int4mm.checkpoints.affine import AffineGroups, unpack_nibbles, zero_from_point
+from jax_int4mm.checkpoints.entry import Entry, int4_entry, plain_entries
+from jax_int4mm.checkpoints.errors import CheckpointError
+from jax_int4mm.checkpoints.gptq import Settings, perm_of_groups
+from jax_int4mm.checkpoints.safetensors_files import FLOAT_TYPES, SafetensorsFiles
+
+_REMEDY = "load the bf16 model and quantise it with jax_int4mm.quantize"
+
+
+def read_compressed_tensors(files: SafetensorsFiles, settings: Settings, dtype: DTypeLike | None) -> dict[str, Entry]:
+    """The parameters of a checkpoint with the `quantization_config` `settings` of method "compressed-tensors"."""
+    schemes = [scheme for scheme in (settings.get("config_groups") or {}).values() if isinstance(scheme, Mapping)]
+    _check_formats(files, settings, schemes)
+    weights: list[Mapping[str, Any]] = [scheme.get("weights") or {} for scheme in schemes]
+    said = {scheme.get("group_size") for scheme in weights}
+    symmetric = all(scheme.get("symmetric", True) for scheme in weights)
+    entries, consumed = {}, set()
+    for name in files:
+        if not name.endswith(".weight_packed"):
+            continue
+        module = name.removesuffix(".weight_packed")
+        n, k = _shape(files, module)
+        rule = f"pack-quantized stores a weight of {n} by {k} as int32 [n, ceil(k/8)] and weight_scale [n, groups]"
+        files.expect(name, ["I32"], [n, -(-k // 8)], rule)
+        scale_name = f"{module}.weight_scale"
+        one = scale_name in files and files.shape(scale_name) == (1,)
+        groups = 1 if one else files.expect(scale_name, FLOAT_TYPES, [n, None], rule)[1]
+        parts = {"q": name, "scale": scale_name}
+        point_name = f"{module}.weight_zero_point"
+        if point_name in files or (not symmetric and len(schemes) == 1):
+            packed = point_name not in files or files.element_type(point_name) == "I32"
+            rule = "pack-quantized stores weight_zero_point as int32 [ceil(n/8), groups] or int8 [n, groups]"
+            files.expect(point_name, ["I32", "I8"], [-(-n // 8) if packed else n, groups], rule)
+            parts["zero_point"] = point_name
+        if f"{module}.weight_g_idx" in files:
+            files.expect(f"{module}.weight_g_idx", ["I32"], [k], "pack-quantized stores weight_g_idx as int32 [k]")
+            parts["group"] = f"{module}.weight_g_idx"
+        group_size = _group_size(files, module, k, groups, said)
+        entries[f"{module}.weight"] = int4_entry(
+            files, parts, n, k, group_size, dtype, _groups(n, k, group_size, f"{module!r} in {files.path_of(name)}")
+        )
+        consumed |= {f"{module}.weight_shape", *parts.values()}
+    return plain_entries(files, consumed) | entries
+
+
+def _check_formats(files: SafetensorsFiles, settings: Settings, schemes: list[Mapping[str, Any]]) -> None:
+    formats = {scheme.get("format") or settings.get("format") for scheme in schemes} or {settings.get("format")}
+    for name in formats - {"pack-quantized", "dense", None}:
+        raise CheckpointError(
+            f"{files.folder} is a compressed-tensors checkpoint of format {name!r}; 'pack-quantized' is read: {_REMEDY}"
+        )
+    bits = {(scheme.get("weights") or {}).get("num_bits", 4) for scheme in schemes}
+    if bits - {4}:
+        raise CheckpointError(
+            f"{files.folder} has weights of {', '.join(map(str, sorted(bits)))} bits; only 4 are read: {_REMEDY}"
+        )
+    sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
+    if sparsity != "dense":
+        raise CheckpointError(f"{files.folder} has weights of sparse format {sparsity!r}, which is not read: {_REMEDY}")
+    if (settings.get("transform_config") or {}).get("config_groups"):
+        raise CheckpointError(
+            f"{files.folder} has a transform_config: its weights expect transformed activations, which a checkpoint's "
+            f"reader cannot give them: {_REMEDY}"
+        )
+
+
+def _shape(files: SafetensorsFiles, module: str) -> tuple[int, int]:
+    name = f"{module}.weight_shape"
+    files.expect(name, ["I64", "I32"], [2], "pack-quantized stores the shape [n, k] of a weight as two integers")
+    n, k = map(int, files[name])
+    if n < 1 or k < 1:
+        raise CheckpointError(f"tensor {name!r} in {files.path_of(name)} says that the weight is {n} by {k}")
+    return n, k
+
+
+def _group_size(files: SafetensorsFiles, module: str, k: int, groups: int, said: set[int | None]) -> int:
+    if groups == 1:
+        return k
+    for size in said - {None, -1}:
+        if isinstance(size, int) and size > 0 and -(-k // size) == groups:
+            return size
+    if not said and k % groups == 0:
+        return k // groups
+    raise CheckpointError(
+        f"{files.folder} has module {module!r} with scales for {groups} groups over k = {k}, and its configuration "
+        f"says group_size {', '.join(map(str, said)) or 'nowhere'}; they are not of one checkpoint"
+    )
+
+
+def _groups(n: int, k: int, group_size: int, source: str) -> Callable[[Mapping[str, np.ndarray]], AffineGroups]:
+    def groups(arrays: Mapping[str, np.ndarray]) -> AffineGroups:
+        q = unpack_nibbles(arrays["q"])[:, :k]
+        scale = np.broadcast_to(arrays["scale"].reshape(-1, arrays["scale"].shape[-1]), (n, arrays["scale"].shape[-1]))
+        zero = None
+        if "zero_point" in arrays:
+            points = arrays["zero_point"]
+            unsigned = unpack_nibbles(points.T).T[:n] if points.dtype == np.int32 else points.astype(np.int32) + 8
+            zero = zero_from_point(unsigned, scale)
+        perm = None
+        # Releases that made room for it without ordering by activations filled it with -1.
+        if "group" in arrays and not np.all(arrays["group"] == -1):
+            perm = perm_of_groups(arrays["group"], group_size, source)
+        return AffineGroups(q if perm is None else q[:, perm], scale, zero, group_size, perm)
+
+    return groups

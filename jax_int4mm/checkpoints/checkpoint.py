@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -83,7 +84,12 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Che
     path = Path(path)
     config, format, entries = read_entries(path, dtype)
     _warn_of_requantized(path, entries)
-    return Checkpoint(path, config, format, entries)
+    return Checkpoint(path, config, format, dict(sorted(entries.items(), key=_in_natural_order)))
+
+
+def _in_natural_order(item: tuple[str, Entry]) -> list[tuple[int, str]]:
+    """Layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", item[0])]
 
 
 def _warn_of_requantized(path: Path, entries: Mapping[str, Entry]) -> None:

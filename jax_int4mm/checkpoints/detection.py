@@ -17,6 +17,7 @@ from jax_int4mm.checkpoints.errors import CheckpointError
 from jax_int4mm.checkpoints.gptq import Settings, read_gptq
 from jax_int4mm.checkpoints.hqq import read_hqq
 from jax_int4mm.checkpoints.mlx import read_mlx
+from jax_int4mm.checkpoints.native import FORMAT, read_native
 from jax_int4mm.checkpoints.safetensors_files import SafetensorsFiles
 from jax_int4mm.checkpoints.torchao import read_torchao
 
@@ -32,6 +33,7 @@ _READERS: dict[str, Reader] = {
     "compressed-tensors": read_compressed_tensors,
     "hqq": read_hqq,
     "mlx": read_mlx,
+    FORMAT: lambda files, settings, dtype: read_native(files, dtype),
     "torchao": lambda files, settings, dtype: read_torchao(files, dtype),
 }
 
@@ -98,7 +100,8 @@ def _configured(path: Path, config: Mapping[str, Any]) -> tuple[str | None, Sett
             raise CheckpointError(
                 f"{path / 'config.json'} has a quantization_config without a quant_method, so its format is not known"
             )
-        return str(method).lower().replace("_", "-").removeprefix("intel/"), settings
+        spelled = str(method).lower().removeprefix("intel/")
+        return spelled if spelled == FORMAT else spelled.replace("_", "-"), settings
     for name, method in _SETTINGS_FILES.items():
         if (path / name).is_file():
             settings = safetensors_files.read_json_object(path / name)
@@ -114,6 +117,8 @@ def _refuse(method: str, how_known: str) -> None:
 
 def _by_names(files: SafetensorsFiles, path: Path) -> tuple[str | None, Settings]:
     """The method that the files' metadata and tensors' names give away, where no configuration names one."""
+    if files.metadata.get("format") == FORMAT:
+        return FORMAT, {}
     if "tensor_names" in files.metadata or any("_weight_qdata" in name for name in files):
         return "torchao", {}
     for name in files:

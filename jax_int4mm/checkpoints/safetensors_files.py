@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, where safetensors looks it up by name)
+import ml_dtypes  # Also registers bfloat16 with numpy, where safetensors looks it up by name.
 import numpy as np
 
 from jax_int4mm.checkpoints.errors import CheckpointError, MissingTensorError
@@ -16,11 +16,19 @@ from jax_int4mm.checkpoints.errors import CheckpointError, MissingTensorError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# Element types in a safetensors header that numpy, with ml_dtypes, represents, and bytes of one element.
-_READABLE_TYPES = {
-    **{"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "BOOL": 1},
-    **{"U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8},
+# What the tensors of a file that is written here begin at a multiple of: JAX on a CPU takes such memory as it is.
+_ALIGNMENT = 64
+
+# Element types in a safetensors header that numpy, with ml_dtypes, represents.
+_READABLE_TYPES: dict[str, np.dtype] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        **{"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64, "BOOL": np.bool_},
+        **{"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64},
+        **{"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64},
+    }.items()
 }
+_TYPE_NAMES = {dtype: name for name, dtype in _READABLE_TYPES.items()}
 FLOAT_TYPES = ("BF16", "F16", "F32")
 
 
@@ -49,6 +57,7 @@ class SafetensorsFiles(Mapping[str, np.ndarray]):
                     "index and shards are not of one checkpoint: copy or download it again"
                 )
         self._files = dict(files)
+        self._mapped: dict[Path, tuple[np.ndarray, dict[str, Any]]] = {}
         slices = {name: self._handles[path].get_slice(name) for name, path in self._files.items()}
         self._types = {name: str(part.get_dtype()) for name, part in slices.items()}
         self._shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
@@ -75,7 +84,11 @@ class SafetensorsFiles(Mapping[str, np.ndarray]):
 
     def nbytes(self, *names: str) -> int:
         """Bytes of the named tensors in their files, 0 for element types that are not read."""
-        return sum(math.prod(self._shapes[name]) * _READABLE_TYPES.get(self._types[name], 0) for name in names)
+        return sum(
+            math.prod(self._shapes[name]) * _READABLE_TYPES[self._types[name]].itemsize
+            for name in names
+            if self._types[name] in _READABLE_TYPES
+        )
 
     def expect(self, name: str, types: Sequence[str], shape: Sequence[int | None], rule: str) -> tuple[int, ...]:
         """The shape of a tensor, if the file has it with one of these types and this shape (None: any size).
@@ -93,6 +106,19 @@ class SafetensorsFiles(Mapping[str, np.ndarray]):
                 f"{' or '.join(types)} [{', '.join('any' if want is None else str(want) for want in shape)}]"
             )
         return found
+
+    def mapped(self, name: str) -> np.ndarray:
+        """A tensor as a read-only view of its file in memory, which costs no copy where JAX takes it as it is."""
+        path = self._files[name]
+        if path not in self._mapped:
+            with path.open("rb") as file:
+                header_bytes = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(header_bytes))
+            self._mapped[path] = np.memmap(path, np.uint8, mode="r", offset=8 + header_bytes), header
+        data, header = self._mapped[path]
+        begin, end = header[name]["data_offsets"]
+        octets = data[begin:end].view(np.ndarray)
+        return octets.view(_READABLE_TYPES[self._types[name]]).reshape(self._shapes[name])
 
     @property
     def folder(self) -> str:
@@ -142,6 +168,31 @@ def find(path: Path) -> SafetensorsFiles:
         f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors checkpoints are read (pickled .bin and "
         ".pt files never are): convert it to safetensors, or give the path of one .safetensors file"
     )
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes one file, tensors in the order given. The safetensors package copies them and does not align their data.
+
+    Raises:
+      ValueError: a tensor has a dtype that the format does not have.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _TYPE_NAMES:
+            raise ValueError(
+                f"tensor {name!r} has dtype {tensor.dtype}, which safetensors does not have; cast it to one of "
+                f"{', '.join(map(str, _TYPE_NAMES))}"
+            )
+        shape, end = list(tensor.shape), begin + tensor.nbytes
+        header[name] = {"dtype": _TYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(np.asarray(tensor, order="C").reshape(-1).view(np.uint8).data)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ name with its type and what the type needs beside its parts. Three types are rea
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,10 +36,12 @@ from jax_int4mm.checkpoints.affine import (
 from jax_int4mm.checkpoints.entry import Entry, int4_entry, plain_entries
 from jax_int4mm.checkpoints.errors import CheckpointError
 from jax_int4mm.checkpoints.safetensors_files import FLOAT_TYPES, SafetensorsFiles
-from jax_int4mm.layout import LANES, TILE_N, tile_k, unpack_int4
+from jax_int4mm.layout import LANES, TILE_N, pack_int4, tile_k, unpack_int4
 from jax_int4mm.weight import Int4Weight, padded_size
 
 TILE_PACKED = "Int4TilePackedTo4dTensor"
+_TORCHAO_K = 1024  # What torchao pads k to a multiple of.
+_WORD_OF_EIGHTS = np.uint32(0x88888888).astype(np.int32)
 _REMEDY = "load the bf16 model and quantise it with jax_int4mm.quantize"
 
 
@@ -110,7 +113,7 @@ def _tile_packed(
     source = f"{parameter!r} in {files.path_of(pairs_name)}"
 
     def read() -> Int4Weight:
-        packed, scales_and_zeros = files[parts["qdata"]], files[parts["scale_and_zero"]]
+        packed, scales_and_zeros = files.mapped(parts["qdata"]), files.mapped(pairs_name)
         to = weight_dtype(scales_and_zeros.dtype, dtype)
         if padded_size(n, k, group_size, INNER_K_TILES) == (n, k):
             # What is padded is whole tiles and groups beyond k.
@@ -206,3 +209,66 @@ def _int4_entry(
 
 
 _READERS = {TILE_PACKED: _tile_packed, "Int4Tensor": _int4_tensor, "IntxUnpackedToInt8Tensor": _unpacked}
+
+
+def encode_torchao(name: str, value: np.ndarray | Int4Weight) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors that torchao stores a parameter as, and its entry in the metadata.
+
+    Raises:
+      ValueError: the weight is stacked or its k is in another order, or its name has no module.
+    """
+    if not isinstance(value, Int4Weight):
+        return {name: value}, {name: json.dumps({"_type": "Tensor"})}
+    module, _, own_name = name.rpartition(".")
+    if not module or value.ndim != 2 or value.perm is not None:
+        why = "its k is in another order" if value.perm is not None else f"its shape is {list(value.shape)}"
+        raise ValueError(
+            f"save: Int4Weight {name!r} has no form in torchao: "
+            f"{why if module else 'its name has no module'}. Save it in the native format, or quantise it otherwise."
+        )
+    packed, pairs = _padded_as_torchao_does(value)
+    prefix = f"{module}._{own_name}_"
+    described = {
+        "_type": TILE_PACKED,
+        "_data": {"block_size": [1, value.group_size], "shape": [value.n, value.k]},
+        "_tensor_data_names": ["qdata", "scale_and_zero"],
+    }
+    return {f"{prefix}qdata": packed, f"{prefix}scale_and_zero": pairs}, {name: json.dumps(described)}
+
+
+def torchao_metadata(names: list[str]) -> dict[str, str]:
+    """The metadata of a file with these parameters, beside their own entries."""
+    return {"format": "pt", "tensor_names": json.dumps(names)}
+
+
+def torchao_settings(group_sizes: list[int]) -> dict[str, Any]:
+    """The quantization_config that transformers loads a directory with weights of these group sizes by."""
+    (group_size, _), *_ = Counter(group_sizes).most_common()
+    return {
+        "quant_method": "torchao",
+        "quant_type": {
+            "default": {
+                "_type": "Int4WeightOnlyConfig",
+                "_version": 2,
+                "_data": {
+                    "group_size": group_size,
+                    "int4_packing_format": {"_type": "Int4PackingFormat", "_data": "TILE_PACKED_TO_4D"},
+                },
+            }
+        },
+    }
+
+
+def _padded_as_torchao_does(w4: Int4Weight) -> tuple[np.ndarray, np.ndarray]:
+    """Packed words with inner_k_tiles 8 and bfloat16 scales and zeros, k padded to 1024 with words of 8 and zeros."""
+    packed = np.asarray(w4.packed)
+    if w4.inner_k_tiles != INNER_K_TILES:
+        q = np.asarray(unpack_int4(packed))
+        spare_k = -q.shape[1] % tile_k(INNER_K_TILES)
+        packed = np.asarray(pack_int4(np.pad(q, [(0, 0), (0, spare_k)], constant_values=8), INNER_K_TILES))
+    tiles_k = -(-w4.k // _TORCHAO_K) * _TORCHAO_K // tile_k(INNER_K_TILES)
+    spare_tiles = tiles_k - packed.shape[1]
+    packed = np.pad(packed, [(0, 0), (0, spare_tiles), (0, 0), (0, 0)], constant_values=_WORD_OF_EIGHTS)
+    pairs = np.asarray(w4.astype(jnp.bfloat16).scales_and_zeros)
+    spare_groups = tiles_k * tile_k(INNER_K_TILES) // w4.group_size - len(pairs)
+    return packed, np.pad(pairs, [(0, spare_groups), (0, 0), (0, 0)])

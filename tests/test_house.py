@@ -23,8 +23,8 @@ CORE_DEPENDENCIES = {"jax", "numpy"}
 # What each of these brings is optional, and imported by nothing else.
 MORE_DEPENDENCIES = {
     "nn": {"flax"},
-    "checkpoints": {"safetensors", "ml_dtypes"},
-    "cli": {"safetensors", "huggingface_hub"},
+    "checkpoints": {"huggingface_hub", "ml_dtypes", "safetensors"},
+    "cli": {"rich", "typer"},
 }
 EXTENSIONS = {"_cpu", "_cuda"}
 EXTENSIONS_OWNER = "ops._ffi"

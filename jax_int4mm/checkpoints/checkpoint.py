@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
+from jax_int4mm.checkpoints import hub
 from jax_int4mm.checkpoints.detection import read_entries
 from jax_int4mm.checkpoints.entry import Entry
 from jax_int4mm.checkpoints.errors import MissingTensorError, RequantizedWarning
@@ -64,24 +65,24 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Che
     layer as [out, in]; the Int4Weight of one is (in, out): ``x @ checkpoint[name]``.
 
     Args:
-      path: the directory or file.
+      path: the directory or file, or "hf://org/name" for a repository of the Hugging Face hub.
       dtype: bfloat16 or float16, of quantised weights, whose scales and zeros are rounded to it once; None for the
         dtype of the stored scales if it is one of these, else bfloat16.
 
     Raises:
-      FileNotFoundError: there is nothing at `path`.
+      FileNotFoundError: there is nothing at `path`, or the hub does not give it.
       TypeError: dtype is neither bfloat16 nor float16.
       CheckpointError: a file is truncated or malformed, shards are missing or lie outside the directory, a tensor is
         missing or of another shape than its format says, or the format is not read. Looking up a name that the
         checkpoint does not hold raises its subclass MissingTensorError, a KeyError.
-      ImportError: the safetensors or gguf package is not installed.
+      ImportError: the safetensors, gguf or huggingface_hub package is needed and not installed.
 
     Warns:
       RequantizedWarning: some weights will be dequantised and quantised anew, and why.
     """
     if dtype is not None and np.dtype(dtype) not in ACTIVATION_DTYPES:
         raise TypeError(f"load: dtype is {np.dtype(dtype)}; it must be bfloat16 or float16, that of the activations.")
-    path = Path(path)
+    path = hub.fetch(path) if isinstance(path, str) and path.startswith(hub.SCHEME) else Path(path)
     config, format, entries = read_entries(path, dtype)
     _warn_of_requantized(path, entries)
     return Checkpoint(path, config, format, dict(sorted(entries.items(), key=_in_natural_order)))

@@ -16,7 +16,10 @@ from jax_int4mm.ops.validation import ACTIVATION_DTYPES, check_group_size
 from jax_int4mm.quantizers.hqq import quantize_hqq
 from jax_int4mm.quantizers.mse import quantize_mse
 from jax_int4mm.quantizers.rtn import nearest, quantize_rtn
+from jax_int4mm.quantizers.rules import Recipe, Rules, is_array, path_name
 from jax_int4mm.weight import Int4Weight, padded_size
+
+__all__ = ["METHODS", "Recipe", "Rules", "quantize", "quantize_params"]
 
 METHODS = ("rtn", "mse", "hqq")
 
@@ -131,3 +134,39 @@ def _quantize_one(
         scales_and_zeros, [(0, (padded_k - whole_k) // group_size), (0, padded_n - n), (0, 0)], constant_values=0
     )
     return pack_int4(q, inner_k_tiles), scales_and_zeros
+
+
+def quantize_params(
+    params: Any, rules: Rules | None = None, *, dtype: DTypeLike | None = None, inner_k_tiles: int = 8
+) -> Any:
+    """A model's parameters with the matrices that the rules choose as :class:`Int4Weight`.
+
+    Args:
+      params: a pytree of arrays; matrices are [*stacked, k, n], what you would write ``x @ w`` with. Int4Weights in it
+        stay as they are.
+      rules: which leaves, and how, by their path with slashes ("layers/0/up/kernel"); None for Rules().
+      dtype: as in quantize.
+      inner_k_tiles: as in quantize.
+
+    Returns:
+      The same tree, one matrix after the other quantised.
+
+    Raises:
+      TypeError: as quantize does.
+      ValueError: as quantize does, with the leaf's path before it.
+    """
+    rules = Rules() if rules is None else rules
+
+    def convert(path: Any, leaf: Any) -> Any:
+        name = path_name(path)
+        recipe = rules.recipe(name, leaf.shape, leaf.dtype) if is_array(leaf) else None
+        if recipe is None:
+            return leaf
+        try:
+            return quantize(
+                leaf, recipe.group_size, recipe.method, recipe.symmetric, dtype=dtype, inner_k_tiles=inner_k_tiles
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    return jax.tree.map_with_path(convert, params, is_leaf=lambda leaf: isinstance(leaf, Int4Weight))

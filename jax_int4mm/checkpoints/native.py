@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -109,9 +109,10 @@ def _entry(files: SafetensorsFiles, name: str, described: dict[str, Any], dtype:
         if scales_and_zeros.dtype != to:
             scales_and_zeros = rounded_pairs(scales_and_zeros, to, f"{name!r} in {files.path_of(pairs)}")
         return Int4Weight(
-            jnp.asarray(files.mapped(packed)),
-            jnp.asarray(scales_and_zeros),
-            jnp.asarray(_permutation(files, perm)) if perm in files else None,
+            # device_put takes aligned memory as it is on a CPU; jnp.asarray copies.
+            jax.device_put(files.mapped(packed)),
+            jax.device_put(scales_and_zeros),
+            jax.device_put(_permutation(files, perm)) if perm in files else None,
             group_size=group_size,
             k=k,
             n=n,

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -26,7 +27,6 @@ from jax.typing import DTypeLike
 from jax_int4mm.checkpoints.affine import (
     INNER_K_TILES,
     AffineGroups,
-    representable_group_size,
     rounded_pairs,
     to_int4_weight,
     unpack_nibbles,
@@ -36,7 +36,7 @@ from jax_int4mm.checkpoints.affine import (
 from jax_int4mm.checkpoints.entry import Entry, int4_entry, plain_entries
 from jax_int4mm.checkpoints.errors import CheckpointError
 from jax_int4mm.checkpoints.safetensors_files import FLOAT_TYPES, SafetensorsFiles
-from jax_int4mm.layout import LANES, TILE_N, pack_int4, tile_k, unpack_int4
+from jax_int4mm.layout import GROUP_SIZES, LANES, TILE_N, pack_int4, tile_k, unpack_int4
 from jax_int4mm.weight import Int4Weight, padded_size
 
 TILE_PACKED = "Int4TilePackedTo4dTensor"
@@ -104,7 +104,7 @@ def _tile_packed(
     stored_n, stored_k = tiles_n * TILE_N, tiles_k * tile_k(INNER_K_TILES)
     pairs_name = _part(files, parts, "scale_and_zero", rule)
     files.expect(pairs_name, FLOAT_TYPES, [stored_k // group_size, stored_n, 2], rule)
-    if n > stored_n or k > stored_k or stored_k % group_size or representable_group_size(group_size, k) != group_size:
+    if n > stored_n or k > stored_k or stored_k % group_size or group_size not in GROUP_SIZES:
         raise CheckpointError(
             f"torchao parameter {parameter!r} is {n} by {k} in groups of {group_size}, and its tensors hold {stored_n} "
             f"by {stored_k}; they are not of one checkpoint"
@@ -119,7 +119,7 @@ def _tile_packed(
             # What is padded is whole tiles and groups beyond k.
             pairs = rounded_pairs(scales_and_zeros[: k // group_size], to, source)
             packed = packed[:, : k // tile_k(INNER_K_TILES)]
-            return Int4Weight(jnp.asarray(packed), jnp.asarray(pairs), group_size=group_size, k=k, n=n)
+            return Int4Weight(jax.device_put(packed), jax.device_put(pairs), group_size=group_size, k=k, n=n)
         scale, zero = scales_and_zeros[: -(-k // group_size), :n].transpose(2, 1, 0)
         groups = AffineGroups(np.asarray(unpack_int4(packed))[:n, :k], scale, zero.astype(np.float32), group_size)
         return to_int4_weight(groups, to, source)

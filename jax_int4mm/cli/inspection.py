@@ -57,7 +57,8 @@ def print_inspection(report: dict[str, Any], console: Console) -> None:
     """The report as a table."""
     console.print(
         f"{report['path']}: format {report['format']}, {report['parameters']} parameters, "
-        f"{report['weights']:,} weights in {report['bytes']:,} bytes, {_bits(report['bits_per_weight'])} bits per weight",
+        f"{report['weights']:,} weights in {report['bytes']:,} bytes, "
+        f"{_bits(report['bits_per_weight'])} bits per weight",
         soft_wrap=True,
         highlight=False,
     )

@@ -295,7 +295,7 @@ def test_memory_is_bounded_by_the_shard(tmp_path: Path) -> None:
         "jnp.zeros(1).block_until_ready()\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak()\n"
-        "app(['quantize', *sys.argv[1:]], standalone_mode=False)\n"
+        "app(['quantize', *sys.argv[1:], '--method', 'rtn'], standalone_mode=False)\n"
         "print((peak() - before) * 1024)\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "model.safetensors"), str(tmp_path / "out"), "--json"]

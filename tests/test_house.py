@@ -23,7 +23,7 @@ CORE_DEPENDENCIES = {"jax", "numpy"}
 # What each of these brings is optional, and imported by nothing else.
 MORE_DEPENDENCIES = {
     "nn": {"flax"},
-    "checkpoints": {"safetensors", "ml_dtypes"},
+    "checkpoints": {"gguf", "safetensors", "ml_dtypes"},
     "cli": {"safetensors", "huggingface_hub"},
 }
 EXTENSIONS = {"_cpu", "_cuda"}

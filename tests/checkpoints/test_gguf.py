@@ -62,6 +62,7 @@ def write(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, Any] | None = None,
     types: Mapping[str, gguf.GGMLQuantizationType] | None = None,
+    alignment: int = 32,
     **options: Any,
 ) -> Path:
     """A file of tensors by their GGUF names; `types` says of which the array is bytes, `metadata` None leaves out."""
@@ -80,6 +81,8 @@ def write(
     }
     values = {f"{architecture}.{name}": value for name, value in values.items()} | dict(metadata or {})
     writer = gguf.GGUFWriter(path, architecture, **options)
+    if alignment != 32:
+        writer.add_custom_alignment(alignment)
     for name, value in values.items():
         if isinstance(value, list):
             writer.add_array(name, value)
@@ -363,6 +366,14 @@ def test_parameters_of_each_architecture(tmp_path: Path, rng: np.random.Generato
     assert checkpoint.config["tie_word_embeddings"] == (architecture == "gemma")
 
 
+@pytest.mark.parametrize("alignment", [8, 4096])
+def test_other_alignments(tmp_path: Path, rng: np.random.Generator, alignment: int):
+    model = random_model(rng, "qwen2", 1)
+    checkpoint = checkpoints.load(write(tmp_path / "m.gguf", "qwen2", converted(model, "qwen2"), alignment=alignment))
+    for name, values in model.items():
+        np.testing.assert_array_equal(checkpoint[name], values)
+
+
 @pytest.mark.parametrize("element_type", [TYPES.Q4_0, TYPES.Q4_1, TYPES.Q8_0], ids=lambda t: t.name)
 def test_rows_of_quantised_q_and_k_are_put_in_order(tmp_path: Path, rng: np.random.Generator, element_type):
     q_proj = rng.standard_normal((HEADS * HEAD_DIM, HIDDEN)).astype(np.float32)
@@ -426,6 +437,26 @@ def test_split_model_of_mixed_parts(tmp_path: Path, rng: np.random.Generator):
     first, second, _ = write_split(tmp_path, random_model(rng, "qwen3"))
     shutil.copy(first, second)
     with pytest.raises(checkpoints.CheckpointError, match=r"m-00002-of-00003\.gguf says that it is part 0 of 3"):
+        checkpoints.load(first)
+
+
+def test_split_model_whose_parts_have_changed_names(tmp_path: Path, rng: np.random.Generator):
+    first, second, third = write_split(tmp_path, random_model(rng, "qwen3"))
+    second.rename(tmp_path / "second")
+    third.rename(second)
+    (tmp_path / "second").rename(third)
+    with pytest.raises(checkpoints.CheckpointError, match=r"m-00002-of-00003\.gguf says that it is part 2 of 3"):
+        checkpoints.load(first)
+
+
+def test_split_model_of_another_number_of_tensors(tmp_path: Path, rng: np.random.Generator):
+    first = write_split(tmp_path, random_model(rng, "qwen3"))[0]
+    content = first.read_bytes()
+    count = content.index(b"split.tensors.count") + len(b"split.tensors.count") + 4
+    first.write_bytes(content[:count] + b"\x7f" + content[count + 1 :])
+    with pytest.raises(
+        checkpoints.CheckpointError, match=r"says that the model has 127 tensors, and its parts hold 25"
+    ):
         checkpoints.load(first)
 
 

@@ -23,7 +23,7 @@ CORE_DEPENDENCIES = {"jax", "numpy"}
 # What each of these brings is optional, and imported by nothing else.
 MORE_DEPENDENCIES = {
     "nn": {"flax"},
-    "checkpoints": {"huggingface_hub", "ml_dtypes", "safetensors"},
+    "checkpoints": {"gguf", "huggingface_hub", "ml_dtypes", "safetensors"},
     "cli": {"rich", "typer"},
 }
 EXTENSIONS = {"_cpu", "_cuda"}

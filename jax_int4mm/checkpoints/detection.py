@@ -8,12 +8,13 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from jax_int4mm.checkpoints import safetensors_files
+from jax_int4mm.checkpoints import gguf_files, safetensors_files
 from jax_int4mm.checkpoints.auto_round import read_auto_round
 from jax_int4mm.checkpoints.awq import read_awq
 from jax_int4mm.checkpoints.compressed_tensors import read_compressed_tensors
 from jax_int4mm.checkpoints.entry import Entry, plain_entries
 from jax_int4mm.checkpoints.errors import CheckpointError
+from jax_int4mm.checkpoints.gguf import read_gguf
 from jax_int4mm.checkpoints.gptq import Settings, read_gptq
 from jax_int4mm.checkpoints.hqq import read_hqq
 from jax_int4mm.checkpoints.mlx import read_mlx
@@ -74,6 +75,10 @@ _QUANTISED_NAMES = {
 
 def read_entries(path: Path, dtype: DTypeLike | None) -> tuple[dict[str, Any] | None, str, dict[str, Entry]]:
     """The configuration, the format's name and the parameters of the checkpoint at `path`; see `load`."""
+    gguf_path = gguf_files.find(path)
+    if gguf_path is not None:
+        gguf_config, entries = read_gguf(gguf_path, dtype)
+        return gguf_config, "gguf", entries
     config_path = path / "config.json"
     config = safetensors_files.read_json_object(config_path) if config_path.is_file() else None
     method, settings = _configured(path, config or {})

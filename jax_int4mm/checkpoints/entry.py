@@ -19,7 +19,8 @@ class Entry:
 
     Attributes:
       shape: As Hugging Face stores the parameter; a linear layer is [out, in].
-      element_type: As safetensors spells it (BF16, F16, ...) or, of a quantised weight, "int4".
+      element_type: As safetensors spells it (BF16, F16, ...) or, of a quantised weight, "int4"; as GGUF spells it
+        (Q6_K, ...) where `read` dequantises.
       nbytes: Bytes in the file, scales, zeros and the like included.
       read: Reads it: a numpy array of that shape or, for a quantised weight, the Int4Weight (in, out).
       group_size: Of a quantised weight: values of k that share a scale, in the file.

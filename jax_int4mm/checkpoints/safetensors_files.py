@@ -156,7 +156,7 @@ def find(path: Path) -> SafetensorsFiles:
     """
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path} is not a safetensors file; only files named *.safetensors are read")
+            raise CheckpointError(f"{path} is not a safetensors file; files named *.safetensors or *.gguf are read")
         return SafetensorsFiles(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no file or directory {path}; give the path of a local checkpoint")

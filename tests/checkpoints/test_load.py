@@ -124,7 +124,7 @@ def test_nothing_at_the_path(tmp_path: Path):
         checkpoints.load(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.gguf"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
 def test_only_safetensors_files_are_read(tmp_path: Path, name: str):
     (tmp_path / name).write_bytes(b"\x80\x04.")
     with pytest.raises(checkpoints.CheckpointError, match=rf"{name} is not a safetensors file"):

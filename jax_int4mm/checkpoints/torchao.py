@@ -25,7 +25,6 @@ from jax.typing import DTypeLike
 from jax_int4mm.checkpoints.affine import (
     INNER_K_TILES,
     AffineGroups,
-    representable_group_size,
     rounded_pairs,
     to_int4_weight,
     unpack_nibbles,
@@ -35,7 +34,7 @@ from jax_int4mm.checkpoints.affine import (
 from jax_int4mm.checkpoints.entry import Entry, int4_entry, plain_entries
 from jax_int4mm.checkpoints.errors import CheckpointError
 from jax_int4mm.checkpoints.safetensors_files import FLOAT_TYPES, SafetensorsFiles
-from jax_int4mm.layout import LANES, TILE_N, tile_k, unpack_int4
+from jax_int4mm.layout import GROUP_SIZES, LANES, TILE_N, tile_k, unpack_int4
 from jax_int4mm.weight import Int4Weight, padded_size
 
 TILE_PACKED = "Int4TilePackedTo4dTensor"
@@ -101,7 +100,7 @@ def _tile_packed(
     stored_n, stored_k = tiles_n * TILE_N, tiles_k * tile_k(INNER_K_TILES)
     pairs_name = _part(files, parts, "scale_and_zero", rule)
     files.expect(pairs_name, FLOAT_TYPES, [stored_k // group_size, stored_n, 2], rule)
-    if n > stored_n or k > stored_k or stored_k % group_size or representable_group_size(group_size, k) != group_size:
+    if n > stored_n or k > stored_k or stored_k % group_size or group_size not in GROUP_SIZES:
         raise CheckpointError(
             f"torchao parameter {parameter!r} is {n} by {k} in groups of {group_size}, and its tensors hold {stored_n} "
             f"by {stored_k}; they are not of one checkpoint"

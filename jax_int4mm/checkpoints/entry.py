@@ -71,7 +71,9 @@ def int4_entry(
 
     def read() -> Int4Weight:
         arrays = {role: files[name] for role, name in parts.items()}
-        return to_int4_weight(weight(arrays), dtype, f"{parts['q']!r} in {files.path_of(parts['q'])}")
+        # What is not finite is an error below, and no warning on the way there.
+        with np.errstate(invalid="ignore", over="ignore"):
+            return to_int4_weight(weight(arrays), dtype, f"{parts['q']!r} in {files.path_of(parts['q'])}")
 
     if n < 1 or k < 1:
         raise CheckpointError(f"tensor {parts['q']!r} in {files.path_of(parts['q'])} is of a weight of {n} by {k}")

@@ -188,7 +188,8 @@ def _unpacked(
     def dense() -> np.ndarray:
         q, scale, zero_point = (files[parts[part]] for part in ("qdata", "scale", "zero_point"))
         spread = np.arange(k) // group_size
-        values = (q - zero_point.astype(np.float32)[:, spread]) * scale.astype(np.float32)[:, spread]
+        with np.errstate(invalid="ignore", over="ignore"):  # What is not finite is an error below.
+            values = (q - zero_point.astype(np.float32)[:, spread]) * scale.astype(np.float32)[:, spread]
         source = f"{parameter!r} in {files.path_of(parts['qdata'])}"
         return rounded_pairs(values, weight_dtype(scale.dtype, dtype), source)
 

@@ -96,7 +96,7 @@ def _configured(path: Path, config: Mapping[str, Any]) -> tuple[str | None, Sett
     """The method that the directory's configuration names, if any, and its settings."""
     if isinstance(config.get("quantization"), dict):
         return "mlx", config["quantization"]
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         settings = config["quantization_config"]
         if not isinstance(settings, dict):
             raise CheckpointError(f"{path / 'config.json'} has a quantization_config that is not an object")
@@ -105,13 +105,17 @@ def _configured(path: Path, config: Mapping[str, Any]) -> tuple[str | None, Sett
             raise CheckpointError(
                 f"{path / 'config.json'} has a quantization_config without a quant_method, so its format is not known"
             )
-        spelled = str(method).lower().removeprefix("intel/")
-        return spelled if spelled == FORMAT else spelled.replace("_", "-"), settings
+        return _one_spelling(method), settings
     for name, method in _SETTINGS_FILES.items():
         if (path / name).is_file():
             settings = safetensors_files.read_json_object(path / name)
-            return str(settings.get("quant_method", method)).lower(), settings
+            return _one_spelling(settings.get("quant_method", method)), settings
     return None, {}
+
+
+def _one_spelling(method: object) -> str:
+    spelled = str(method).lower()
+    return spelled if spelled == FORMAT else spelled.replace("_", "-").removeprefix("intel/")
 
 
 def _refuse(method: str, how_known: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jax_int4mm.checkpoints.affine import AffineGroups, DenseWeight, representable_group_size, to_int4_weight
+from jax_int4mm.checkpoints.errors import CheckpointError
 from jax_int4mm.checkpoints.safetensors_files import SafetensorsFiles
 from jax_int4mm.weight import Int4Weight
 
@@ -71,8 +72,12 @@ def int4_entry(
 
     def read() -> Int4Weight:
         arrays = {role: files[name] for role, name in parts.items()}
-        return to_int4_weight(weight(arrays), dtype, f"{parts['q']!r} in {files.path_of(parts['q'])}")
+        # What is not finite is an error below, and no warning on the way there.
+        with np.errstate(invalid="ignore", over="ignore"):
+            return to_int4_weight(weight(arrays), dtype, f"{parts['q']!r} in {files.path_of(parts['q'])}")
 
+    if n < 1 or k < 1:
+        raise CheckpointError(f"tensor {parts['q']!r} in {files.path_of(parts['q'])} is of a weight of {n} by {k}")
     if requantized is None and representable_group_size(group_size, k) is None:
         requantized = f"groups of {group_size} do not split into groups of 32, 64, 128 or 256"
     return Entry((n, k), "int4", files.nbytes(*parts.values()), read, group_size, requantized)

@@ -36,11 +36,11 @@ def read_gptq(files: SafetensorsFiles, settings: Settings, dtype: DTypeLike | No
             "kernel; the formats 'gptq' and 'gptq_v2' are read: take the model's original GPTQ checkpoint, or load the "
             "bf16 model and quantise it with jax_int4mm.quantize"
         )
-    dynamic = settings.get("dynamic") or {}
+    dynamic = object_in(files, settings, "dynamic")
 
     def of_module(module: str) -> Settings:
         for pattern, changed in dynamic.items():
-            if isinstance(changed, Mapping) and re.match(pattern.removeprefix("+:"), module):
+            if isinstance(changed, Mapping) and matches(pattern.removeprefix("+:"), module, re.match):
                 return {**settings, **changed}
         return settings
 
@@ -84,6 +84,24 @@ def read_gptq_layers(
     return plain_entries(files, consumed) | entries
 
 
+def object_in(files: SafetensorsFiles, settings: Settings, key: str) -> Settings:
+    """The object under a key of a configuration, an empty one where it is missing or null."""
+    found = settings.get(key)
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{files.folder} has a configuration whose {key} is {found!r:.60} and not an object")
+    return found
+
+
+def matches(pattern: str, module: str, find: Callable[[str, str], object] = re.search) -> bool:
+    """Whether a regular expression of a configuration, which need not be a valid one, is found in a module's name."""
+    try:
+        return find(pattern, module) is not None
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
 def check_bits(files: SafetensorsFiles, module: str, settings: Settings) -> None:
     """Raises unless a module is quantised to 4 bits."""
     bits = settings.get("bits", settings.get("w_bit", 4))
@@ -102,7 +120,7 @@ def group_size_of(files: SafetensorsFiles, module: str, settings: Settings, k: i
     """
     said = settings.get("group_size", settings.get("q_group_size"))
     if said is None:
-        if k % groups:
+        if groups < 1 or k % groups:
             raise CheckpointError(
                 f"{files.folder} has module {module!r} with {groups} groups over k = {k} and no configuration that "
                 "says their size: give the directory with its config.json"

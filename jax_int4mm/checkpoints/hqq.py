@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jax_int4mm.checkpoints.affine import AffineGroups, DenseWeight, zero_from_point
 from jax_int4mm.checkpoints.entry import Entry, int4_entry, plain_entries
 from jax_int4mm.checkpoints.errors import CheckpointError
-from jax_int4mm.checkpoints.gptq import Settings
+from jax_int4mm.checkpoints.gptq import Settings, object_in
 from jax_int4mm.checkpoints.safetensors_files import FLOAT_TYPES, SafetensorsFiles
 
 _PACKING = "4bit_u8"
@@ -31,7 +31,7 @@ _SETTINGS = (
 
 def read_hqq(files: SafetensorsFiles, settings: Settings, dtype: DTypeLike | None) -> dict[str, Entry]:
     """The parameters of a checkpoint with HQQ weights; `settings` is its `quantization_config` if it has one."""
-    said = (settings.get("quant_config") or {}).get("weight_quant_params") or {}
+    said = object_in(files, object_in(files, settings, "quant_config"), "weight_quant_params")
     entries, consumed = {}, set()
     for name in files:
         if not name.endswith(".W_q"):
@@ -47,25 +47,28 @@ def read_hqq(files: SafetensorsFiles, settings: Settings, dtype: DTypeLike | Non
                 f"{_PACKING!r} are read: load the bf16 model and quantise it with jax_int4mm.quantize"
             )
         rule = "HQQ stores scale and zero with one number for each group of the weight"
-        shape = files.shape(f"{module}.scale") if f"{module}.scale" in files else (None, 1)
-        files.expect(f"{module}.scale", FLOAT_TYPES, [None, 1] if axis == 1 else [1, None], rule)
+        shape = files.expect(f"{module}.scale", FLOAT_TYPES, [None, 1] if axis == 1 else [1, None], rule)
         files.expect(f"{module}.zero", FLOAT_TYPES, shape, rule)
-        count = max(size for size in shape if size is not None)
-        group_size = n * k // count if count else 0
+        count = 0 if axis not in (0, 1) else shape[0] if axis == 1 else shape[1]
+        group_size = n * k // count if count and n > 0 and k > 0 else 0
         stored = (count, group_size) if axis == 1 else (group_size, count)
-        if axis not in (0, 1) or not count or n * k % count or stored[0] % 2 or (axis == 1 and k % group_size):
+        if not group_size or n * k % count or stored[0] % 2:
             raise CheckpointError(
-                f"{files.folder} has HQQ module {module!r} of shape {[n, k]} with {count} scales along axis {axis}, "
-                "which do not divide it; the file is damaged, or of a kind that is not read"
+                f"{files.folder} has HQQ module {module!r} of shape {[n, k]} with scales {list(shape)} along axis "
+                f"{axis}, which do not divide it; the file is damaged, or of a kind that is not read"
             )
         rule = f"HQQ packs {stored[0]} rows of {stored[1]} values in half as many bytes"
         # With view_as_float the bytes are those of a float tensor, [rows, fewer columns].
-        columns = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}.get(files.element_type(name), 1)
-        files.expect(name, ["U8", *FLOAT_TYPES], [stored[0] // 2, stored[1] // columns], rule)
+        octets = {"BF16": 2, "F16": 2, "F32": 4}.get(files.element_type(name), 1)
+        columns = stored[1] // octets if stored[1] % octets == 0 else 0
+        files.expect(name, ["U8", *FLOAT_TYPES], [stored[0] // 2, columns], rule)
         parts = {"q": name, "scale": f"{module}.scale", "zero": f"{module}.zero"}
-        requantized = None if axis == 1 else "HQQ groups along axis 0 hold values of several output features"
+        requantized = None
+        if axis == 0 or k % group_size:
+            along = "along axis 0" if axis == 0 else f"of {group_size} that do not divide k"
+            requantized = f"HQQ groups {along} hold values of several output features"
         entries[f"{module}.weight"] = int4_entry(
-            files, parts, n, k, group_size, dtype, _groups(n, k, group_size, axis), requantized
+            files, parts, n, k, group_size, dtype, _groups(n, k, group_size, requantized is None), requantized
         )
         consumed |= {*parts.values(), *(f"{module}.{setting}" for setting in _SETTINGS)}
     return plain_entries(files, consumed) | entries
@@ -89,13 +92,13 @@ def _text(files: SafetensorsFiles, name: str) -> str:
 
 
 def _groups(
-    n: int, k: int, group_size: int, axis: int
+    n: int, k: int, group_size: int, within_rows: bool
 ) -> Callable[[Mapping[str, np.ndarray]], AffineGroups | DenseWeight]:
     def groups(arrays: Mapping[str, np.ndarray]) -> AffineGroups | DenseWeight:
         octets = arrays["q"].view(np.uint8)
         q = np.concatenate([octets >> 4, octets & 0xF])
         scale, zero = arrays["scale"], arrays["zero"]
-        if axis == 0:
+        if not within_rows:
             dense = (q - zero.astype(np.float32)) * scale.astype(np.float32)
             return DenseWeight(dense.reshape(n, k), group_size, scale.dtype)
         scale, zero = scale.reshape(n, -1), zero.reshape(n, -1)

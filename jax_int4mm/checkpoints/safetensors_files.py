@@ -199,7 +199,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Parses a JSON file that has to hold an object."""
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); copy or download it again") from error
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{path} has to hold a JSON object, and holds a {type(parsed).__name__}")

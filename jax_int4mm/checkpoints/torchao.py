@@ -54,19 +54,19 @@ def read_torchao(files: SafetensorsFiles, dtype: DTypeLike | None) -> dict[str, 
         if kind is None or kind == "Tensor":
             continue
         module, _, own_name = parameter.rpartition(".")
-        data, part_names = described.get("_data"), described.get("_tensor_data_names")
-        if kind not in _READERS or not isinstance(data, dict) or not isinstance(part_names, list):
+        reader, data, part_names = _READERS.get(str(kind)), described.get("_data"), described.get("_tensor_data_names")
+        if reader is None or not isinstance(data, dict) or not isinstance(part_names, list):
             raise CheckpointError(
                 f"{files.folder} has parameter {parameter!r} as torchao's {kind}, which is not read; "
                 f"{', '.join(_READERS)} are: {_REMEDY}"
             )
-        parts = {part: f"{module}._{own_name}_{part}" for part in part_names}
+        parts = {str(part): f"{module}._{own_name}_{part}" for part in part_names}
         if "act_pre_scale" in parts:
             raise CheckpointError(
                 f"{files.folder} has parameter {parameter!r} with an act_pre_scale, by which activations would have to "
                 f"be multiplied before the product; it is not read: {_REMEDY}"
             )
-        entries[parameter] = _READERS[kind](files, parameter, parts, data, dtype)
+        entries[parameter] = reader(files, parameter, parts, data, dtype)
         consumed |= set(parts.values())
     return plain_entries(files, consumed) | entries
 
@@ -76,7 +76,7 @@ def _described(files: SafetensorsFiles, parameter: str, text: str) -> dict[str, 
         return {}
     try:
         described = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{files.folder} has metadata of {parameter!r} that is not valid JSON ({error}); copy or download it again"
         ) from error
@@ -114,13 +114,14 @@ def _tile_packed(
 
     def read() -> Int4Weight:
         packed, scales_and_zeros = files.mapped(parts["qdata"]), files.mapped(pairs_name)
+        scales_and_zeros = scales_and_zeros[: -(-k // group_size), :n]
         to = weight_dtype(scales_and_zeros.dtype, dtype)
         if padded_size(n, k, group_size, INNER_K_TILES) == (n, k):
-            # What is padded is whole tiles and groups beyond k.
-            pairs = rounded_pairs(scales_and_zeros[: k // group_size], to, source)
-            packed = packed[:, : k // tile_k(INNER_K_TILES)]
+            # What is padded is whole tiles and groups.
+            pairs = rounded_pairs(scales_and_zeros, to, source)
+            packed = packed[: n // TILE_N, : k // tile_k(INNER_K_TILES)]
             return Int4Weight(jax.device_put(packed), jax.device_put(pairs), group_size=group_size, k=k, n=n)
-        scale, zero = scales_and_zeros[: -(-k // group_size), :n].transpose(2, 1, 0)
+        scale, zero = scales_and_zeros.transpose(2, 1, 0)
         groups = AffineGroups(np.asarray(unpack_int4(packed))[:n, :k], scale, zero.astype(np.float32), group_size)
         return to_int4_weight(groups, to, source)
 
@@ -152,6 +153,8 @@ def _int4_tensor(
     group_size = _block(parameter, data)
     n, k = _shape(parameter, data)
     rule = "Int4Tensor stores qdata int8 [n, k/2] and scale and zero_point [k/group_size, n]"
+    if k % 2:
+        raise CheckpointError(f"torchao parameter {parameter!r} has an odd k = {k}: {rule}")
     files.expect(_part(files, parts, "qdata", rule), ["I8", "U8"], [n, k // 2], rule)
     for part in ("scale", "zero_point"):
         files.expect(_part(files, parts, part, rule), FLOAT_TYPES, [-(-k // group_size), n], rule)
@@ -174,6 +177,8 @@ def _unpacked(
     group_size = _block(parameter, data)
     rule = "IntxUnpackedToInt8Tensor stores qdata int8 [n, k] and scale and zero_point [n, k/group_size]"
     n, k = files.expect(_part(files, parts, "qdata", rule), ["I8"], [None, None], rule)
+    if k % group_size:
+        raise CheckpointError(f"torchao parameter {parameter!r} has k = {k} in groups of {group_size}: {rule}")
     for part, types in (("scale", FLOAT_TYPES), ("zero_point", ("I8", *FLOAT_TYPES))):
         files.expect(_part(files, parts, part, rule), types, [n, k // group_size], rule)
 
@@ -187,8 +192,10 @@ def _unpacked(
     def dense() -> np.ndarray:
         q, scale, zero_point = (files[parts[part]] for part in ("qdata", "scale", "zero_point"))
         spread = np.arange(k) // group_size
-        values = (q - zero_point.astype(np.float32)[:, spread]) * scale.astype(np.float32)[:, spread]
-        return values.astype(weight_dtype(scale.dtype, dtype))
+        with np.errstate(invalid="ignore", over="ignore"):  # What is not finite is an error below.
+            values = (q - zero_point.astype(np.float32)[:, spread]) * scale.astype(np.float32)[:, spread]
+        source = f"{parameter!r} in {files.path_of(parts['qdata'])}"
+        return rounded_pairs(values, weight_dtype(scale.dtype, dtype), source)
 
     if target != "int4":  # Embeddings of 8 bits, beside linear layers of 4.
         return Entry((n, k), str(target), files.nbytes(*parts.values()), dense)

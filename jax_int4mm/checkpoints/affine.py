@@ -75,11 +75,11 @@ def unpack_nibbles(words: np.ndarray) -> np.ndarray:
 
 def representable_group_size(group_size: int, k: int) -> int | None:
     """The largest group size of the packed format into which groups of `group_size` split without loss, or None."""
-    if group_size in GROUP_SIZES:
-        return group_size
     if group_size >= k:
         # One group: whichever leaves k without padding.
-        return next((size for size in reversed(GROUP_SIZES) if k % size == 0), 128)
+        return next(
+            (size for size in reversed(GROUP_SIZES) if k % size == 0), group_size if group_size in GROUP_SIZES else 128
+        )
     return next((size for size in reversed(GROUP_SIZES) if group_size % size == 0), None)
 
 

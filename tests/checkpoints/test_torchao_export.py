@@ -6,12 +6,14 @@ import json
 import warnings
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
 
+import acceptance
 import jax_int4mm as i4
 from jax_int4mm import checkpoints
 
@@ -83,3 +85,23 @@ def test_what_torchao_writes_is_read(tmp_path: Path, rng: np.random.Generator) -
     for name in ("model.layers.0.up.weight", "model.layers.0.down.weight"):
         expected = parameters[name].astype(jnp.bfloat16)
         np.testing.assert_array_equal(found[name].dequantize(), expected.dequantize())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch has no CUDA here: its packed format is CUDA's alone")
+@pytest.mark.parametrize("m", [1, 33])
+def test_its_product_is_ours(tmp_path: Path, m: int, rng: np.random.Generator) -> None:
+    save(tmp_path / "made", rng)
+    path = tmp_path / "made" / "model.safetensors"
+    with safetensors.safe_open(path, "numpy") as file:
+        read, _ = unflatten_tensor_state_dict(load_file(path, device="cuda"), file.metadata())
+    ours = checkpoints.load(tmp_path / "made")
+    for name in ("model.layers.0.up.weight", "model.layers.0.down.weight"):
+        weight = np.asarray(ours[name].dequantize().T)
+        x = rng.normal(0, 1, (m, weight.shape[1])).astype(ml_dtypes.bfloat16)
+        x_torch = torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16).cuda()
+        y = torch.nn.functional.linear(x_torch, read[name]).cpu()
+        theirs = y.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        cpu = jax.devices("cpu")[0]
+        acceptance.check([theirs], [x], weight, cpu)
+        acceptance.check([np.asarray(i4.matmul(x, ours[name], implementation="ampere"))], [x], weight, cpu)

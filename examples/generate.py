@@ -3,6 +3,7 @@
     python examples/generate.py                                        # the byte-level model in byte_model/
     python examples/generate.py --prompt "class Queue:" --temperature 0.8 --seed 1
     python examples/generate.py --model ~/models/Llama-3.2-1B --prompt "The capital of France is"
+    python examples/generate.py --group-size 128 --method gptq --act-order
 
 Where the model's folder holds a `heldout.txt`, its perplexity with dense and with int4 weights is printed first.
 """
@@ -24,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_int4mm as i4
+from calibrate import quantize_linears_gptq, spread_windows
+from corpus import documents, joined, split
 from jax_int4mm import checkpoints
 from jax_int4mm.quantizers import METHODS
 from llama import (
@@ -39,6 +42,7 @@ from llama import (
 )
 
 BYTE_MODEL = pathlib.Path(__file__).parent / "byte_model"
+CALIBRATION_LENGTH = 2048  # tokens of a window, where the model has as many positions
 DEFAULT_PROMPT = 'def copy_file(source, target):\n    """'
 
 
@@ -112,10 +116,30 @@ def tokenizer_for(model: pathlib.Path, config: Config, token_ids: bool) -> Token
 
 
 def quantize_linears(params: Params, group_size: int, lm_head: bool, method: str = "rtn") -> Params:
-    """The same model with each linear layer of the decoder, and `lm_head` where asked, as an `Int4Weight`."""
+    """The same model with each linear layer of the decoder, and `lm_head` where asked, as an `Int4Weight`.
+
+    The method is any that needs the weights alone.
+    """
     quantize = functools.partial(i4.quantize, group_size=group_size, method=method)
     layers = [layer | {name: quantize(layer[name]) for name in LINEAR_NAMES} for layer in params["layers"]]
     return params | {"layers": layers} | ({"lm_head": quantize(params["lm_head"])} if lm_head else {})
+
+
+def calibration_windows(args: argparse.Namespace, tokenizer: Tokenizer, config: Config) -> np.ndarray:
+    """The tokens that GPTQ is to be calibrated with, int32 [windows, length]: of no text that is measured."""
+    if args.calibration is None:
+        if not isinstance(tokenizer, ByteTokenizer):
+            raise ValueError("--method gptq needs text of the kind that the model is for: --calibration FILE")
+        training, _, _ = split(documents())
+        tokens = joined(training)
+    else:
+        if not args.calibration.is_file():
+            raise FileNotFoundError(f"there is no file {args.calibration} to calibrate with")
+        tokens = np.asarray(tokenizer.encode(args.calibration.read_text(encoding="utf-8")))
+    windows = spread_windows(tokens, min(config.max_position_embeddings, CALIBRATION_LENGTH), args.calibration_windows)
+    if windows.min() < 0 or windows.max() >= config.vocab_size:
+        raise ValueError(f"{args.calibration} has tokens outside the model's vocabulary, 0 to {config.vocab_size - 1}")
+    return windows
 
 
 def nbytes(tree: Any) -> int:
@@ -249,11 +273,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--group-size", type=int, choices=(32, 64, 128, 256), default=64)
     parser.add_argument("--method", choices=METHODS, default="rtn", help="how weights are quantised (default rtn)")
+    parser.add_argument("--act-order", action="store_true", help="gptq: inputs with large values first")
+    parser.add_argument("--calibration", type=pathlib.Path, help="gptq: a text file (default: what byte_model saw)")
+    parser.add_argument("--calibration-windows", type=int, default=128, help="gptq: windows of that text (default 128)")
     parser.add_argument("--quantize-lm-head", action="store_true", help="the output projection in int4 too")
     parser.add_argument("--perplexity-windows", type=int, default=32, help="windows of heldout.txt; 0 for none")
     args = parser.parse_args(argv)
     if args.dtype == "float32" and not args.dense:
         parser.error("int4 weights multiply bfloat16 or float16 activations; with --dtype float32 add --dense")
+    if args.method != "gptq" and (args.act_order or args.calibration is not None):
+        parser.error("--act-order and --calibration are for --method gptq")
+    if args.calibration_windows < 1:
+        parser.error("--calibration-windows is at least 1")
     return args
 
 
@@ -270,7 +301,12 @@ def run(args: argparse.Namespace) -> None:
 
     dense = params_from_huggingface(checkpoint, config, args.dtype)
     models = {args.dtype: dense}
-    if not args.dense:
+    if args.method == "gptq" and not args.dense:
+        windows = calibration_windows(args, tokenizer, config)
+        models[f"int4 g{args.group_size}"] = quantize_linears_gptq(
+            dense, config, windows, args.group_size, args.quantize_lm_head, args.act_order
+        )
+    elif not args.dense:
         models[f"int4 g{args.group_size}"] = quantize_linears(
             dense, args.group_size, args.quantize_lm_head, args.method
         )

@@ -192,6 +192,35 @@ def init_cache(config: Config, batch: int, length: int, dtype: jax.typing.DTypeL
     return [{"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(config.num_hidden_layers)]
 
 
+def layer_forward(
+    layer: Params,
+    x: jax.Array,
+    config: Config,
+    cached: dict[str, jax.Array] | None = None,
+    start: jax.typing.ArrayLike = 0,
+    dropout: Callable[[jax.Array], jax.Array] = lambda y: y,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One layer of `forward` on hidden states x [batch, t, hidden], and the keys and values that it attended to."""
+    batch, t, _ = x.shape
+    frequencies = rope_frequencies(config)
+    positions = jnp.arange(t) + start
+    h = rms_norm(x, layer["attention_norm"], config.rms_norm_eps)
+    q = rotate((h @ layer["q"]).reshape(batch, t, -1, config.head_dim), positions, frequencies)
+    k = rotate((h @ layer["k"]).reshape(batch, t, -1, config.head_dim), positions, frequencies)
+    v = (h @ layer["v"]).reshape(batch, t, -1, config.head_dim)
+    if cached is None:
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    else:
+        k = jax.lax.dynamic_update_slice(cached["k"], k, (0, start, 0, 0))
+        v = jax.lax.dynamic_update_slice(cached["v"], v, (0, start, 0, 0))
+        visible = jnp.arange(k.shape[1]) <= positions[:, None]
+        attended = jax.nn.dot_product_attention(q, k, v, mask=visible[None, None])
+    x = x + dropout(attended.reshape(batch, t, -1) @ layer["o"])
+    h = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
+    x = x + dropout((jax.nn.silu(h @ layer["gate"]) * (h @ layer["up"])) @ layer["down"])
+    return x, {"k": k, "v": v}
+
+
 def forward(
     params: Params,
     tokens: jax.Array,
@@ -206,27 +235,12 @@ def forward(
     to, and the updated cache is returned. Without one the tokens are the whole sequence, and the cache is empty.
     `dropout` is applied to the embeddings and to the output of every residual branch (training only).
     """
-    batch, t = tokens.shape
-    frequencies = rope_frequencies(config)
-    positions = jnp.arange(t) + start
     x = dropout(params["embedding"][tokens])
     new_cache: Cache = []
     for index, layer in enumerate(params["layers"]):
-        h = rms_norm(x, layer["attention_norm"], config.rms_norm_eps)
-        q = rotate((h @ layer["q"]).reshape(batch, t, -1, config.head_dim), positions, frequencies)
-        k = rotate((h @ layer["k"]).reshape(batch, t, -1, config.head_dim), positions, frequencies)
-        v = (h @ layer["v"]).reshape(batch, t, -1, config.head_dim)
-        if cache is None:
-            attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        else:
-            k = jax.lax.dynamic_update_slice(cache[index]["k"], k, (0, start, 0, 0))
-            v = jax.lax.dynamic_update_slice(cache[index]["v"], v, (0, start, 0, 0))
-            new_cache.append({"k": k, "v": v})
-            visible = jnp.arange(k.shape[1]) <= positions[:, None]
-            attended = jax.nn.dot_product_attention(q, k, v, mask=visible[None, None])
-        x = x + dropout(attended.reshape(batch, t, -1) @ layer["o"])
-        h = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
-        x = x + dropout((jax.nn.silu(h @ layer["gate"]) * (h @ layer["up"])) @ layer["down"])
+        x, attended = layer_forward(layer, x, config, None if cache is None else cache[index], start, dropout)
+        if cache is not None:
+            new_cache.append(attended)
     return rms_norm(x, params["norm"], config.rms_norm_eps), new_cache
 
 

@@ -38,7 +38,8 @@ def scale_and_zero(low: jax.Array, high: jax.Array, *, symmetric: bool, dtype: n
 
 def rounded(x: jax.Array, dtype: np.dtype) -> jax.Array:
     """The nearest numbers of dtype, in f32."""
-    return x.astype(dtype).astype(jnp.float32)
+    # XLA leaves out a conversion and its reverse (excess precision) unless something is between them.
+    return jax.lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
 
 
 def nearest(groups: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:

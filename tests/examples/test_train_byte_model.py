@@ -36,24 +36,6 @@ def params() -> llama.Params:
     return train_byte_model.init_params(jax.random.key(0), CONFIG)
 
 
-def test_corpus_parts_are_disjoint_and_complete():
-    found = {f"document {i}": f"text {i}".encode() for i in range(2000)}
-    training, validation, heldout = train_byte_model.split(found)
-    assert sorted([*training, *validation, *heldout]) == sorted(found.values())
-    assert 30 <= len(heldout) <= 100
-    assert 30 <= len(validation) <= 100
-    more = train_byte_model.split(found | {"another": b"another"})
-    assert [text for text in more[2] if text != b"another"] == heldout
-
-
-def test_corpus_is_the_standard_library():
-    found = train_byte_model.documents()
-    assert "textwrap.py" in found
-    assert "topic assert" in found
-    assert b"Return the absolute value" in found["docstrings of builtins"]
-    assert not [name for name in found if "site-packages" in name or name.startswith("test/")]
-
-
 def test_simulated_rounding_is_that_of_the_library(params: llama.Params):
     low = train_byte_model.cast(params, jnp.bfloat16)
     rounded = train_byte_model.rounded_to_int4(low)["layers"][1]["gate"]

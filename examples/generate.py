@@ -3,6 +3,7 @@
     python examples/generate.py                                        # the byte-level model in byte_model/
     python examples/generate.py --prompt "class Queue:" --temperature 0.8 --seed 1
     python examples/generate.py --model ~/models/Llama-3.2-1B --prompt "The capital of France is"
+    python examples/generate.py --model ~/models/Llama-3.2-1B-GPTQ   # any int4 checkpoint that jax_int4mm reads
     python examples/generate.py --group-size 128 --method gptq --act-order
 
 Where the model's folder holds a `heldout.txt`, its perplexity with dense and with int4 weights is printed first.
@@ -290,7 +291,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Loads, quantises, evaluates and generates as the arguments say."""
-    checkpoint = checkpoints.load(args.model)
+    checkpoint = checkpoints.load(args.model, dtype=None if args.dtype == "float32" else args.dtype)
+    is_int4 = any(entry.element_type == "int4" for entry in checkpoint.entries.values())
+    if is_int4 and (args.dense or args.method != "rtn"):
+        raise ValueError(f"{args.model} is int4 already ({checkpoint.format}); leave out --dense and --method")
     if checkpoint.config is None:
         raise ValueError(f"{args.model} has no config.json; give the directory of a Hugging Face Llama model")
     config = Config.from_huggingface(checkpoint.config)
@@ -300,13 +304,15 @@ def run(args: argparse.Namespace) -> None:
         prompt = "1" if args.token_ids else DEFAULT_PROMPT
 
     dense = params_from_huggingface(checkpoint, config, args.dtype)
-    models = {args.dtype: dense}
-    if args.method == "gptq" and not args.dense:
+    models = {f"int4 ({checkpoint.format})" if is_int4 else args.dtype: dense}
+    if args.dense or is_int4:
+        pass
+    elif args.method == "gptq":
         windows = calibration_windows(args, tokenizer, config)
         models[f"int4 g{args.group_size}"] = quantize_linears_gptq(
             dense, config, windows, args.group_size, args.quantize_lm_head, args.act_order
         )
-    elif not args.dense:
+    else:
         models[f"int4 g{args.group_size}"] = quantize_linears(
             dense, args.group_size, args.quantize_lm_head, args.method
         )

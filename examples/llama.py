@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_int4mm import Int4Weight
+
 # Name here -> name in a Hugging Face checkpoint. Hugging Face stores linear weights [out, in]; here they are [in, out].
 LINEAR_NAMES = {
     "q": "self_attn.q_proj",
@@ -125,7 +127,7 @@ def _rope_from_huggingface(fields: Mapping[str, Any]) -> tuple[float, Llama3Rope
 
 
 def params_from_huggingface(
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, np.ndarray | Int4Weight],
     config: Config,
     dtype: jax.typing.DTypeLike,
     linear: Callable[[jax.Array], Any] = lambda w: w,
@@ -134,25 +136,30 @@ def params_from_huggingface(
     """Builds the parameter pytree from Hugging Face names, one tensor at a time.
 
     `linear` turns each linear layer of the decoder, [in, out] in `dtype`, into what is kept (for example an
-    `Int4Weight`); `lm_head` does the same for the output projection, [hidden, vocabulary].
+    `Int4Weight`); `lm_head` does the same for the output projection, [hidden, vocabulary]. Those that are
+    `Int4Weight`s already stay as they are.
     """
 
     def tensor(name: str) -> jax.Array:
-        return jnp.asarray(tensors[name]).astype(dtype)
+        value = tensors[name]
+        return (value.dequantize().T if isinstance(value, Int4Weight) else jnp.asarray(value)).astype(dtype)
+
+    def matrix(name: str, make: Callable[[jax.Array], Any]) -> Any:
+        value = tensors[name]
+        return value if isinstance(value, Int4Weight) else make(tensor(name).T)
 
     layers = []
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
-        layer: Params = {name: linear(tensor(f"{prefix}{hf}.weight").T) for name, hf in LINEAR_NAMES.items()}
+        layer: Params = {name: matrix(f"{prefix}{hf}.weight", linear) for name, hf in LINEAR_NAMES.items()}
         layer |= {name: tensor(f"{prefix}{hf}.weight") for name, hf in NORM_NAMES.items()}
         layers.append(layer)
     embedding = tensor("model.embed_tokens.weight")
-    head = embedding if config.tie_word_embeddings else tensor("lm_head.weight")
     return {
         "embedding": embedding,
         "layers": layers,
         "norm": tensor("model.norm.weight"),
-        "lm_head": lm_head(head.T),
+        "lm_head": matrix("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight", lm_head),
     }
 
 

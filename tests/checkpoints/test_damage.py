@@ -138,6 +138,25 @@ def test_every_part_has_its_shape_and_type(tmp_path: Path, rng: np.random.Genera
                 checkpoints.load(tmp_path)
 
 
+@pytest.mark.parametrize("empty", ["n", "k"])
+@pytest.mark.parametrize("name", ["gptq", "awq", "compressed-tensors", "mlx", "IntxUnpackedToInt8Tensor"])
+def test_a_weight_without_values(tmp_path: Path, rng: np.random.Generator, name: str, empty: str):
+    written = write(name, rng)
+    # Of k are made the rows of GPTQ's and AWQ's tensors, and the columns of the others'.
+    rows = (empty == "k") == (name in ("gptq", "awq"))
+    cut = {part: tensor[:0] if rows else tensor[..., :0] for part, tensor in written.tensors.items()}
+    shape = {part: np.array([0, 256] if rows else [24, 0]) for part in cut if part.endswith("weight_shape")}
+    one_dimensional = tuple(part for part in cut if part.endswith(".g_idx"))
+    settings = [
+        written.config,
+        {"quantization": {}} if name == "mlx" else {"quantization_config": {"quant_method": name}},
+    ]
+    for config in settings if written.config else [None]:
+        dataclasses.replace(written, config=config).save(tmp_path, cut | shape, one_dimensional)
+        with pytest.raises(checkpoints.CheckpointError, match=f"{MODULE}"):
+            checkpoints.load(tmp_path)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_scale_that_is_not_finite(tmp_path: Path, rng: np.random.Generator, name: str, value: float):
@@ -377,3 +396,10 @@ def test_random_bits_of_the_tensors(tmp_path: Path, rng: np.random.Generator, na
         damaged[places] = rng.integers(0, 256, len(places), np.uint8)
         (tmp_path / "model.safetensors").write_bytes(damaged.tobytes())
         try_to_read(tmp_path, "model.layers.0.self_attn.k_proj.weight")
+
+
+def test_a_quantization_config_of_null_is_none(tmp_path: Path):
+    tensors = {"w": np.ones((2, 2), np.float16)}
+    save(tmp_path, tensors)
+    (tmp_path / "config.json").write_text('{"quantization_config": null}')
+    assert checkpoints.load(tmp_path).format == "safetensors"

@@ -10,16 +10,23 @@ projection. Rows of the table, each the median of its repeats with the number of
 - save FORMAT: from the device to `--folder`.
 - read FORMAT: the files of one format read into a buffer and dropped, as fast as one thread does it; where the system
   lets them be dropped from its cache before ("cold"), and where they are in it ("warm").
-- load FORMAT: `checkpoints.load` and every parameter on the device, ready; cold and warm.
+- load FORMAT: `checkpoints.load` and every parameter on the device, ready; cold and warm. On a CPU parameters are the
+  mapped files themselves, of which that reads next to nothing.
+- command METHOD: `jax-int4mm quantize` from the bf16 files to the native format, a process of its own from start to
+  end; `peak_gb` is the most memory that it held on the host, the mapped files included. Left out without typer and rich.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import pathlib
+import resource
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -112,7 +119,16 @@ def load_all(folder: pathlib.Path) -> list[object]:
     return [jax.device_put(value) for value in checkpoints.load(folder).values()]
 
 
-def row(step: str, what: str, size: int, taken: list[float], first: float | None = None) -> dict[str, object]:
+def run_command(source: pathlib.Path, destination: pathlib.Path, method: str) -> None:
+    """Runs `jax-int4mm quantize`, with the output projection as the model above has it."""
+    script = "from jax_int4mm.cli import main; main()"
+    options = ["--method", method, "--group-size", str(GROUP_SIZE), "--lm-head", "--json"]
+    subprocess.run([sys.executable, "-c", script, "quantize", source, destination, *options], check=True)
+
+
+def row(
+    step: str, what: str, size: int, taken: list[float], first: float | None = None, peak_gb: float | None = None
+) -> dict[str, object]:
     """A row of the table, printed as it is made."""
     median = statistics.median(taken)
     made = {
@@ -124,6 +140,7 @@ def row(step: str, what: str, size: int, taken: list[float], first: float | None
         "most_s": round(max(taken), 4),
         "first_s": "" if first is None else round(first, 4),
         "gb_per_s": round(size / median / 1e9, 3),
+        "peak_gb": "" if peak_gb is None else round(peak_gb, 3),
     }
     print(*made.values(), sep="\t", flush=True)
     return made
@@ -163,6 +180,13 @@ def main() -> None:
                 for step, run in (("read", read_files), ("load", load_all)):
                     taken = seconds(lambda run=run, folder=folder: run(folder), args.repeats, before)
                     rows.append(row(f"{step} {state}", kind, size, taken))
+        if importlib.util.find_spec("typer") and importlib.util.find_spec("rich"):
+            for method in ("rtn", "hqq"):
+                taken = seconds(
+                    lambda method=method: run_command(args.folder / "bf16", args.folder / f"made-{method}", method), 1
+                )
+                peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+                rows.append(row("command", method, sizes["bf16"], taken, peak_gb=peak))
         write_csv(args.output, rows)
     finally:
         shutil.rmtree(args.folder)

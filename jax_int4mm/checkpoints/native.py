@@ -104,13 +104,13 @@ def _entry(files: SafetensorsFiles, name: str, described: dict[str, Any], dtype:
         parts.append(perm)
 
     def read() -> Int4Weight:
-        scales_and_zeros = files.mapped(pairs)
+        scales_and_zeros = files[pairs]
         to = weight_dtype(scales_and_zeros.dtype, dtype)
         if scales_and_zeros.dtype != to:
             scales_and_zeros = rounded_pairs(scales_and_zeros, to, f"{name!r} in {files.path_of(pairs)}")
         return Int4Weight(
             # device_put takes aligned memory as it is on a CPU; jnp.asarray copies.
-            jax.device_put(files.mapped(packed)),
+            jax.device_put(files[packed]),
             jax.device_put(scales_and_zeros),
             jax.device_put(_permutation(files, perm)) if perm in files else None,
             group_size=group_size,

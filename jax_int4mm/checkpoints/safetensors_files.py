@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # Also registers bfloat16 with numpy, where safetensors looks it up by name.
+import ml_dtypes
 import numpy as np
 
 from jax_int4mm.checkpoints.errors import CheckpointError, MissingTensorError
@@ -18,6 +19,9 @@ INDEX_FILE = "model.safetensors.index.json"
 
 # What the tensors of a file that is written here begin at a multiple of: JAX on a CPU takes such memory as it is.
 _ALIGNMENT = 64
+
+# Bytes that the system is asked to read beyond a tensor, while that one is on its way to the device.
+_READ_AHEAD = 256 << 20
 
 # Element types in a safetensors header that numpy, with ml_dtypes, represents.
 _READABLE_TYPES: dict[str, np.dtype] = {
@@ -32,8 +36,35 @@ _TYPE_NAMES = {dtype: name for name, dtype in _READABLE_TYPES.items()}
 FLOAT_TYPES = ("BF16", "F16", "F32")
 
 
+class _MappedFile:
+    """One file in memory, whose header the safetensors package has found right."""
+
+    def __init__(self, path: Path):
+        with path.open("rb") as file:
+            handle = _open(path)
+            self.metadata: dict[str, str] = handle.metadata() or {}
+            self._begin = 8 + int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(self._begin - 8))
+            header.pop("__metadata__", None)
+            self.tensors: dict[str, dict[str, Any]] = header
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        end = max((described["data_offsets"][1] for described in header.values()), default=0)
+        if set(handle.keys()) != set(header) or len(self._map) != self._begin + end:
+            raise CheckpointError(f"{path} was written to while it was opened; open it again")
+
+    def tensor(self, name: str) -> np.ndarray:
+        """A tensor as a read-only view; what follows it in the file is read ahead."""
+        described = self.tensors[name]
+        begin, end = (self._begin + offset for offset in described["data_offsets"])
+        page = begin - begin % mmap.PAGESIZE
+        if hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_WILLNEED, page, min(end + _READ_AHEAD, len(self._map)) - page)
+        octets = np.frombuffer(self._map, np.uint8)[begin:end]
+        return octets.view(_READABLE_TYPES[described["dtype"]]).reshape(described["shape"])
+
+
 class SafetensorsFiles(Mapping[str, np.ndarray]):
-    """Tensors by name over the safetensors files of one checkpoint; each is read when it is asked for.
+    """Tensors by name over the safetensors files of one checkpoint, as read-only views of the files in memory.
 
     Every file is opened, and the index compared with what the files hold, when this is made: a missing or truncated
     shard is an error then and not in the middle of loading a model.
@@ -46,28 +77,26 @@ class SafetensorsFiles(Mapping[str, np.ndarray]):
           CheckpointError: a file is missing, truncated, malformed or without a tensor that it should hold.
         """
         paths = {files} if isinstance(files, Path) else set(files.values())
-        self._handles = {path: _open(path) for path in sorted(paths)}
-        held = {path: set(handle.keys()) for path, handle in self._handles.items()}
+        self._mapped = {path: _MappedFile(path) for path in sorted(paths)}
         if isinstance(files, Path):
-            files = dict.fromkeys(sorted(held[files]), files)
+            files = dict.fromkeys(sorted(self._mapped[files].tensors), files)
         for name, path in files.items():
-            if name not in held[path]:
+            if name not in self._mapped[path].tensors:
                 raise CheckpointError(
                     f"{path} does not hold tensor {name!r}, which the index beside it says it does; "
                     "index and shards are not of one checkpoint: copy or download it again"
                 )
         self._files = dict(files)
-        self._mapped: dict[Path, tuple[np.ndarray, dict[str, Any]]] = {}
-        slices = {name: self._handles[path].get_slice(name) for name, path in self._files.items()}
-        self._types = {name: str(part.get_dtype()) for name, part in slices.items()}
-        self._shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        described = {name: self._mapped[path].tensors[name] for name, path in self._files.items()}
+        self._types = {name: str(tensor["dtype"]) for name, tensor in described.items()}
+        self._shapes = {name: tuple(tensor["shape"]) for name, tensor in described.items()}
 
     @property
     def metadata(self) -> dict[str, str]:
         """The `__metadata__` of all files."""
         merged: dict[str, str] = {}
-        for handle in self._handles.values():
-            merged |= handle.metadata() or {}
+        for file in self._mapped.values():
+            merged |= file.metadata
         return merged
 
     def path_of(self, name: str) -> Path:
@@ -107,23 +136,10 @@ class SafetensorsFiles(Mapping[str, np.ndarray]):
             )
         return found
 
-    def mapped(self, name: str) -> np.ndarray:
-        """A tensor as a read-only view of its file in memory, which costs no copy where JAX takes it as it is."""
-        path = self._files[name]
-        if path not in self._mapped:
-            with path.open("rb") as file:
-                header_bytes = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(header_bytes))
-            self._mapped[path] = np.memmap(path, np.uint8, mode="r", offset=8 + header_bytes), header
-        data, header = self._mapped[path]
-        begin, end = header[name]["data_offsets"]
-        octets = data[begin:end].view(np.ndarray)
-        return octets.view(_READABLE_TYPES[self._types[name]]).reshape(self._shapes[name])
-
     @property
     def folder(self) -> str:
         """Where the files are, for messages."""
-        return ", ".join(sorted({str(path.parent) for path in self._handles}))
+        return ", ".join(sorted({str(path.parent) for path in self._mapped}))
 
     def __getitem__(self, name: str) -> np.ndarray:
         path = self._files.get(name)
@@ -134,8 +150,7 @@ class SafetensorsFiles(Mapping[str, np.ndarray]):
                 f"tensor {name!r} in {path} has elements of type {self._types[name]}, which is not read; "
                 "convert the checkpoint to bf16, f16 or f32"
             )
-        tensor: np.ndarray = self._handles[path].get_tensor(name)
-        return tensor
+        return self._mapped[path].tensor(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -164,6 +179,11 @@ def find(path: Path) -> SafetensorsFiles:
         return SafetensorsFiles(path / SINGLE_FILE)
     if (path / INDEX_FILE).is_file():
         return SafetensorsFiles(_read_index(path / INDEX_FILE))
+    # Names like gptq_model-4bit-128g.safetensors, of older releases.
+    for pattern, made in (("*.safetensors.index.json", _read_index), ("*.safetensors", lambda found: found)):
+        found = sorted(path.glob(pattern))
+        if len(found) == 1:
+            return SafetensorsFiles(made(found[0]))
     raise CheckpointError(
         f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors checkpoints are read (pickled .bin and "
         ".pt files never are): convert it to safetensors, or give the path of one .safetensors file"

@@ -113,7 +113,7 @@ def _tile_packed(
     source = f"{parameter!r} in {files.path_of(pairs_name)}"
 
     def read() -> Int4Weight:
-        packed, scales_and_zeros = files.mapped(parts["qdata"]), files.mapped(pairs_name)
+        packed, scales_and_zeros = files[parts["qdata"]], files[pairs_name]
         scales_and_zeros = scales_and_zeros[: -(-k // group_size), :n]
         to = weight_dtype(scales_and_zeros.dtype, dtype)
         if padded_size(n, k, group_size, INNER_K_TILES) == (n, k):

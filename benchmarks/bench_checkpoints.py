@@ -13,12 +13,14 @@ projection. Rows of the table, each the median of its repeats with the number of
 - load FORMAT: `checkpoints.load` and every parameter on the device, ready; cold and warm. On a CPU parameters are the
   mapped files themselves, of which that reads next to nothing.
 - command METHOD: `jax-int4mm quantize` from the bf16 files to the native format, a process of its own from start to
-  end; `peak_gb` is the most memory that it held on the host, the mapped files included. Left out without typer and rich.
+  end; `peak_gb` is the most memory that it held on the host, files that it had mapped included. Left out without
+  typer and rich.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import os
 import pathlib
@@ -97,7 +99,8 @@ def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def drop_from_cache(folder: pathlib.Path) -> None:
-    """Asks the system to forget what it holds of a checkpoint's files."""
+    """Asks the system to forget what it holds of a checkpoint's files, of which it keeps what is still mapped."""
+    gc.collect()
     for path in files_of(folder):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

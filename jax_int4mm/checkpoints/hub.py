@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 SCHEME = "hf://"
 
@@ -27,11 +29,20 @@ def fetch(source: str) -> Path:
         from huggingface_hub import errors
     except ImportError as error:
         raise ImportError(f'{source} needs huggingface_hub: pip install "jax_int4mm[hub]"') from error
-    try:
+
+    def download(cached: bool) -> Path:
+        options: dict[str, Any] = {"revision": revision, "local_files_only": cached}
         if file:
-            return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(_WANTED)))
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
+            return Path(huggingface_hub.hf_hub_download(repository, file, **options))
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(_WANTED), **options))
+
+    expected = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError)
+    try:
+        return download(cached=False)
+    except expected as error:
+        # Not every release falls back to what the cache has of a revision.
+        with contextlib.suppress(*expected):
+            return download(cached=True)
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"{source} cannot be had from the Hugging Face hub ({reason}); check the name, the network and, for a "

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -36,35 +37,50 @@ _TYPE_NAMES = {dtype: name for name, dtype in _READABLE_TYPES.items()}
 FLOAT_TYPES = ("BF16", "F16", "F32")
 
 
-class _MappedFile:
-    """One file in memory, whose header the safetensors package has found right."""
+class _File:
+    """One file whose header the safetensors package has found right."""
 
     def __init__(self, path: Path):
+        self._path = path
+        handle = _open(path)
+        self.metadata: dict[str, str] = handle.metadata() or {}
         with path.open("rb") as file:
-            handle = _open(path)
-            self.metadata: dict[str, str] = handle.metadata() or {}
             self._begin = 8 + int.from_bytes(file.read(8), "little")
             header: dict[str, Any] = json.loads(file.read(self._begin - 8))
-            header.pop("__metadata__", None)
-            self.tensors: dict[str, dict[str, Any]] = header
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._state = _state(file)
+        header.pop("__metadata__", None)
+        self.tensors: dict[str, dict[str, Any]] = header
         end = max((described["data_offsets"][1] for described in header.values()), default=0)
-        if set(handle.keys()) != set(header) or len(self._map) != self._begin + end:
+        if set(handle.keys()) != set(header) or self._state[0] != self._begin + end:
             raise CheckpointError(f"{path} was written to while it was opened; open it again")
 
     def tensor(self, name: str) -> np.ndarray:
-        """A tensor as a read-only view; what follows it in the file is read ahead."""
+        """A tensor as a read-only view of the file; what follows it there is read ahead."""
         described = self.tensors[name]
+        dtype = _READABLE_TYPES[described["dtype"]]
         begin, end = (self._begin + offset for offset in described["data_offsets"])
-        page = begin - begin % mmap.PAGESIZE
-        if hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_WILLNEED, page, min(end + _READ_AHEAD, len(self._map)) - page)
-        octets = np.frombuffer(self._map, np.uint8)[begin:end]
-        return octets.view(_READABLE_TYPES[described["dtype"]]).reshape(described["shape"])
+        if begin == end:
+            return np.empty(described["shape"], dtype)
+        before = begin % mmap.ALLOCATIONGRANULARITY
+        with self._path.open("rb") as file:
+            if _state(file) != self._state:
+                raise CheckpointError(f"{self._path} has changed since it was opened; load the checkpoint again")
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), begin, end - begin + _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+            # A map of its own, so that the memory is free when the tensor is no longer used.
+            mapped = mmap.mmap(file.fileno(), end - begin + before, access=mmap.ACCESS_READ, offset=begin - before)
+        tensor = np.frombuffer(mapped, np.uint8)[before:].view(dtype).reshape(described["shape"])
+        # Files with headers of an odd length have their data anywhere, which devices do not take.
+        return tensor if tensor.flags.aligned else tensor.copy()
+
+
+def _state(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 class SafetensorsFiles(Mapping[str, np.ndarray]):
-    """Tensors by name over the safetensors files of one checkpoint, as read-only views of the files in memory.
+    """Tensors by name over the safetensors files of one checkpoint, as read-only views of the files.
 
     Every file is opened, and the index compared with what the files hold, when this is made: a missing or truncated
     shard is an error then and not in the middle of loading a model.
@@ -77,17 +93,17 @@ class SafetensorsFiles(Mapping[str, np.ndarray]):
           CheckpointError: a file is missing, truncated, malformed or without a tensor that it should hold.
         """
         paths = {files} if isinstance(files, Path) else set(files.values())
-        self._mapped = {path: _MappedFile(path) for path in sorted(paths)}
+        self._opened = {path: _File(path) for path in sorted(paths)}
         if isinstance(files, Path):
-            files = dict.fromkeys(sorted(self._mapped[files].tensors), files)
+            files = dict.fromkeys(sorted(self._opened[files].tensors), files)
         for name, path in files.items():
-            if name not in self._mapped[path].tensors:
+            if name not in self._opened[path].tensors:
                 raise CheckpointError(
                     f"{path} does not hold tensor {name!r}, which the index beside it says it does; "
                     "index and shards are not of one checkpoint: copy or download it again"
                 )
         self._files = dict(files)
-        described = {name: self._mapped[path].tensors[name] for name, path in self._files.items()}
+        described = {name: self._opened[path].tensors[name] for name, path in self._files.items()}
         self._types = {name: str(tensor["dtype"]) for name, tensor in described.items()}
         self._shapes = {name: tuple(tensor["shape"]) for name, tensor in described.items()}
 
@@ -95,7 +111,7 @@ class SafetensorsFiles(Mapping[str, np.ndarray]):
     def metadata(self) -> dict[str, str]:
         """The `__metadata__` of all files."""
         merged: dict[str, str] = {}
-        for file in self._mapped.values():
+        for file in self._opened.values():
             merged |= file.metadata
         return merged
 
@@ -139,7 +155,7 @@ class SafetensorsFiles(Mapping[str, np.ndarray]):
     @property
     def folder(self) -> str:
         """Where the files are, for messages."""
-        return ", ".join(sorted({str(path.parent) for path in self._mapped}))
+        return ", ".join(sorted({str(path.parent) for path in self._opened}))
 
     def __getitem__(self, name: str) -> np.ndarray:
         path = self._files.get(name)
@@ -150,7 +166,7 @@ class SafetensorsFiles(Mapping[str, np.ndarray]):
                 f"tensor {name!r} in {path} has elements of type {self._types[name]}, which is not read; "
                 "convert the checkpoint to bf16, f16 or f32"
             )
-        return self._mapped[path].tensor(name)
+        return self._opened[path].tensor(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._files

@@ -24,7 +24,6 @@ import gc
 import importlib.util
 import os
 import pathlib
-import resource
 import shutil
 import statistics
 import subprocess
@@ -122,11 +121,19 @@ def load_all(folder: pathlib.Path) -> list[object]:
     return [jax.device_put(value) for value in checkpoints.load(folder).values()]
 
 
-def run_command(source: pathlib.Path, destination: pathlib.Path, method: str) -> None:
-    """Runs `jax-int4mm quantize`, with the output projection as the model above has it."""
-    script = "from jax_int4mm.cli import main; main()"
-    options = ["--method", method, "--group-size", str(GROUP_SIZE), "--lm-head", "--json"]
-    subprocess.run([sys.executable, "-c", script, "quantize", source, destination, *options], check=True)
+def run_command(source: pathlib.Path, destination: pathlib.Path, method: str) -> float:
+    """Runs `jax-int4mm quantize`, the output projection included; the most memory that it held, in GB."""
+    # What the system has as a child's maximum includes the parent's at its start; VmHWM begins anew.
+    script = (
+        "import sys\n"
+        "from jax_int4mm.cli.app import app\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])\n"
+    )
+    options = ["--method", method, "--group-size", str(GROUP_SIZE), "--lm-head"]
+    command = [sys.executable, "-c", script, "quantize", source, destination, *options]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1]) * 1024 / 1e9
 
 
 def row(
@@ -185,11 +192,9 @@ def main() -> None:
                     rows.append(row(f"{step} {state}", kind, size, taken))
         if importlib.util.find_spec("typer") and importlib.util.find_spec("rich"):
             for method in ("rtn", "hqq"):
-                taken = seconds(
-                    lambda method=method: run_command(args.folder / "bf16", args.folder / f"made-{method}", method), 1
-                )
-                peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
-                rows.append(row("command", method, sizes["bf16"], taken, peak_gb=peak))
+                begin = time.perf_counter()
+                peak_gb = run_command(args.folder / "bf16", args.folder / f"made-{method}", method)
+                rows.append(row("command", method, sizes["bf16"], [time.perf_counter() - begin], peak_gb=peak_gb))
         write_csv(args.output, rows)
     finally:
         shutil.rmtree(args.folder)

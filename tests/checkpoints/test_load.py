@@ -276,3 +276,42 @@ def test_without_safetensors_the_error_says_what_to_install(tmp_path: Path, monk
 def test_importing_the_package_does_not_import_safetensors():
     script = "import sys, jax_int4mm.checkpoints; sys.exit('safetensors' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("name", ["gptq_model-4bit-128g.safetensors", "pytorch_lora.safetensors"])
+def test_a_directory_with_one_file_of_another_name(tmp_path: Path, name: str):
+    tensors = random_tensors()
+    safetensors.numpy.save_file(tensors, tmp_path / name)
+    assert_same(checkpoints.load(tmp_path), tensors)
+
+
+def test_a_directory_with_one_index_of_another_name(tmp_path: Path):
+    tensors = random_tensors()
+    write_shards(tmp_path, tensors)
+    (tmp_path / "model.safetensors.index.json").rename(tmp_path / "gptq_model.safetensors.index.json")
+    assert_same(checkpoints.load(tmp_path), tensors)
+
+
+def test_a_directory_with_several_files_and_no_index(tmp_path: Path):
+    for name in ("a.safetensors", "b.safetensors"):
+        safetensors.numpy.save_file(random_tensors(), tmp_path / name)
+    with pytest.raises(checkpoints.CheckpointError, match=r"neither model\.safetensors nor"):
+        checkpoints.load(tmp_path)
+
+
+def test_a_tensor_cannot_be_written_to(tmp_path: Path):
+    safetensors.numpy.save_file(random_tensors(), tmp_path / "model.safetensors")
+    tensor = checkpoints.load(tmp_path)["lm_head.weight"]
+    with pytest.raises(ValueError, match="read-only"):
+        tensor[0, 0] = 1
+
+
+def test_a_file_that_changes_after_it_was_opened(tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file(random_tensors(), path)
+    checkpoint = checkpoints.load(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        checkpoints.CheckpointError, match=r"model\.safetensors has changed since it was opened; load the"
+    ):
+        checkpoint["lm_head.weight"]

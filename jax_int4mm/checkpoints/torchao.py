@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -27,6 +26,7 @@ from jax.typing import DTypeLike
 from jax_int4mm.checkpoints.affine import (
     INNER_K_TILES,
     AffineGroups,
+    on_device,
     rounded_pairs,
     to_int4_weight,
     unpack_nibbles,
@@ -120,7 +120,7 @@ def _tile_packed(
             # What is padded is whole tiles and groups.
             pairs = rounded_pairs(scales_and_zeros, to, source)
             packed = packed[: n // TILE_N, : k // tile_k(INNER_K_TILES)]
-            return Int4Weight(jax.device_put(packed), jax.device_put(pairs), group_size=group_size, k=k, n=n)
+            return Int4Weight(*on_device(packed, pairs), group_size=group_size, k=k, n=n)
         scale, zero = scales_and_zeros.transpose(2, 1, 0)
         groups = AffineGroups(np.asarray(unpack_int4(packed))[:n, :k], scale, zero.astype(np.float32), group_size)
         return to_int4_weight(groups, to, source)

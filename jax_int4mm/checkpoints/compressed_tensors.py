@@ -8,6 +8,7 @@ where an older release ordered them by activations. w = (q - zero point) * scale
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.typing import DTypeLike
 from jax_int4mm.checkpoints.affine import AffineGroups, unpack_nibbles, zero_from_point
 from jax_int4mm.checkpoints.entry import Entry, int4_entry, plain_entries
 from jax_int4mm.checkpoints.errors import CheckpointError
-from jax_int4mm.checkpoints.gptq import Settings, object_in, perm_of_groups
+from jax_int4mm.checkpoints.gptq import Settings, matches, object_in, perm_of_groups
 from jax_int4mm.checkpoints.safetensors_files import FLOAT_TYPES, SafetensorsFiles
 
 _REMEDY = "load the bf16 model and quantise it with jax_int4mm.quantize"
@@ -28,15 +29,15 @@ def read_compressed_tensors(files: SafetensorsFiles, settings: Settings, dtype: 
     config_groups = object_in(files, settings, "config_groups")
     schemes = [object_in(files, config_groups, name) for name in config_groups]
     _check_formats(files, settings, schemes)
-    weights = [object_in(files, scheme, "weights") for scheme in schemes]
-    said = [scheme.get("group_size") for scheme in weights]
-    symmetric = all(scheme.get("symmetric", True) for scheme in weights)
     entries, consumed = {}, set()
     for name in files:
         if not name.endswith(".weight_packed"):
             continue
         module = name.removesuffix(".weight_packed")
         n, k = _shape(files, module)
+        weights = [object_in(files, scheme, "weights") for scheme in _schemes_of(module, schemes)]
+        said = [scheme.get("group_size") for scheme in weights]
+        asymmetric = bool(weights) and not any(scheme.get("symmetric", True) for scheme in weights)
         rule = f"pack-quantized stores a weight of {n} by {k} as int32 [n, ceil(k/8)] and weight_scale [n, groups]"
         files.expect(name, ["I32"], [n, -(-k // 8)], rule)
         scale_name = f"{module}.weight_scale"
@@ -44,7 +45,7 @@ def read_compressed_tensors(files: SafetensorsFiles, settings: Settings, dtype: 
         groups = 1 if one else files.expect(scale_name, FLOAT_TYPES, [n, None], rule)[1]
         parts = {"q": name, "scale": scale_name}
         point_name = f"{module}.weight_zero_point"
-        if point_name in files or (not symmetric and len(schemes) == 1):
+        if point_name in files or asymmetric:
             packed = point_name not in files or files.element_type(point_name) == "I32"
             rule = "pack-quantized stores weight_zero_point as int32 [ceil(n/8), groups] or int8 in the scale's shape"
             shape = (-(-n // 8), groups) if packed else files.shape(scale_name)
@@ -86,6 +87,23 @@ def _check_formats(files: SafetensorsFiles, settings: Settings, schemes: list[Ma
             f"{files.folder} has a transform_config: its weights expect transformed activations, which a checkpoint's "
             f"reader cannot give them: {_REMEDY}"
         )
+
+
+def _schemes_of(module: str, schemes: list[Settings]) -> list[Settings]:
+    """The schemes whose targets name the module or, if none does, a class of modules; all where no target does."""
+
+    def targeting(names: Callable[[str], bool]) -> list[Settings]:
+        found = []
+        for scheme in schemes:
+            targets = scheme.get("targets")
+            if isinstance(targets, list) and any(isinstance(target, str) and names(target) for target in targets):
+                found.append(scheme)
+        return found
+
+    def named(target: str) -> bool:
+        return target == module or (target.startswith("re:") and matches(target.removeprefix("re:"), module, re.match))
+
+    return targeting(named) or targeting(lambda target: target[:1].isupper()) or schemes
 
 
 def _shape(files: SafetensorsFiles, module: str) -> tuple[int, int]:

@@ -105,6 +105,20 @@ def test_several_schemes(tmp_path: Path, rng: np.random.Generator, k: int, sizes
         check(checkpoint[f"{module}.weight"], layer)
 
 
+@pytest.mark.parametrize("target", [MODULE, r"re:.*up_proj$"])
+def test_the_scheme_of_a_module_is_the_one_that_names_it(tmp_path: Path, rng: np.random.Generator, target: str):
+    """Of two group sizes that both fit, and as to whether zero points have to be there."""
+    layer = random_layer(rng, 24, 200, 128, BFLOAT16)
+    others = scheme(group_size=160)
+    save(tmp_path, compressed_tensors(layer), settings(others, scheme(group_size=128) | {"targets": [target]}))
+    check(checkpoints.load(tmp_path)[WEIGHT], layer)
+
+    named = scheme(group_size=128, symmetric=False) | {"targets": ["lm_head", target]}
+    save(tmp_path, compressed_tensors(layer), settings(others, named))
+    with pytest.raises(checkpoints.CheckpointError, match=rf"no tensor '{MODULE}\.weight_zero_point'"):
+        checkpoints.load(tmp_path)
+
+
 def test_a_group_size_that_two_schemes_leave_open(tmp_path: Path, rng: np.random.Generator):
     save(
         tmp_path,

@@ -38,7 +38,9 @@ def scale_and_zero(low: jax.Array, high: jax.Array, *, symmetric: bool, dtype: n
 
 def rounded(x: jax.Array, dtype: np.dtype) -> jax.Array:
     """The nearest numbers of dtype, in f32."""
-    # XLA leaves out a conversion and its reverse (excess precision) unless something is between them.
+    if dtype == jnp.bfloat16:
+        # XLA may fuse a conversion there and back into none; this it keeps. bfloat16 has float32's exponents.
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     return jax.lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
 
 

@@ -9,8 +9,9 @@ from jax.typing import DTypeLike
 from jax_int4mm.checkpoints.awq import read_awq_layers
 from jax_int4mm.checkpoints.entry import Entry
 from jax_int4mm.checkpoints.errors import CheckpointError
-from jax_int4mm.checkpoints.gptq import Settings, matches, object_in, read_gptq_layers
+from jax_int4mm.checkpoints.gptq import read_gptq_layers
 from jax_int4mm.checkpoints.safetensors_files import SafetensorsFiles
+from jax_int4mm.checkpoints.settings import Settings, matches, object_in
 
 _SHIFTED = ("auto_round:auto_gptq",)
 _UNSHIFTED = ("auto_round", "auto_round:gptqmodel")

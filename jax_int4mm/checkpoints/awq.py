@@ -15,8 +15,8 @@ from jax.typing import DTypeLike
 from jax_int4mm.checkpoints.affine import AffineGroups, unpack_nibbles, zero_from_point
 from jax_int4mm.checkpoints.entry import Entry, int4_entry, plain_entries
 from jax_int4mm.checkpoints.errors import CheckpointError
-from jax_int4mm.checkpoints.gptq import Settings, check_bits, group_size_of
 from jax_int4mm.checkpoints.safetensors_files import FLOAT_TYPES, SafetensorsFiles
+from jax_int4mm.checkpoints.settings import Settings, check_bits, group_size_of
 
 # Where in a word each of eight consecutive n is.
 _NIBBLE_OF_N = np.array([0, 4, 1, 5, 2, 6, 3, 7])

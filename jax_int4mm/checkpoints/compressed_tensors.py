@@ -18,8 +18,9 @@ from jax.typing import DTypeLike
 from jax_int4mm.checkpoints.affine import AffineGroups, unpack_nibbles, zero_from_point
 from jax_int4mm.checkpoints.entry import Entry, int4_entry, plain_entries
 from jax_int4mm.checkpoints.errors import CheckpointError
-from jax_int4mm.checkpoints.gptq import Settings, matches, object_in, perm_of_groups
+from jax_int4mm.checkpoints.gptq import perm_of_groups
 from jax_int4mm.checkpoints.safetensors_files import FLOAT_TYPES, SafetensorsFiles
+from jax_int4mm.checkpoints.settings import Settings, matches, object_in
 
 _REMEDY = "load the bf16 model and quantise it with jax_int4mm.quantize"
 

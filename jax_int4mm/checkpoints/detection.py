@@ -15,11 +15,12 @@ from jax_int4mm.checkpoints.compressed_tensors import read_compressed_tensors
 from jax_int4mm.checkpoints.entry import Entry, plain_entries
 from jax_int4mm.checkpoints.errors import CheckpointError
 from jax_int4mm.checkpoints.gguf import read_gguf
-from jax_int4mm.checkpoints.gptq import Settings, read_gptq
+from jax_int4mm.checkpoints.gptq import read_gptq
 from jax_int4mm.checkpoints.hqq import read_hqq
 from jax_int4mm.checkpoints.mlx import read_mlx
 from jax_int4mm.checkpoints.native import FORMAT, read_native
 from jax_int4mm.checkpoints.safetensors_files import SafetensorsFiles
+from jax_int4mm.checkpoints.settings import Settings
 from jax_int4mm.checkpoints.torchao import read_torchao
 
 _REMEDY = "load the bf16, f16 or f32 model that it was made from and quantise that with jax_int4mm.quantize"

@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 from jax_int4mm.checkpoints.affine import AffineGroups, DenseWeight, zero_from_point
 from jax_int4mm.checkpoints.entry import Entry, int4_entry, plain_entries
 from jax_int4mm.checkpoints.errors import CheckpointError
-from jax_int4mm.checkpoints.gptq import Settings, object_in
 from jax_int4mm.checkpoints.safetensors_files import FLOAT_TYPES, SafetensorsFiles
+from jax_int4mm.checkpoints.settings import Settings, object_in
 
 _PACKING = "4bit_u8"
 _SETTINGS = (

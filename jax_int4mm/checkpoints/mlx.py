@@ -15,8 +15,8 @@ from jax.typing import DTypeLike
 from jax_int4mm.checkpoints.affine import AffineGroups, unpack_nibbles, zero_from_bias
 from jax_int4mm.checkpoints.entry import Entry, int4_entry, plain_entries
 from jax_int4mm.checkpoints.errors import CheckpointError
-from jax_int4mm.checkpoints.gptq import check_bits, group_size_of
 from jax_int4mm.checkpoints.safetensors_files import FLOAT_TYPES, SafetensorsFiles
+from jax_int4mm.checkpoints.settings import check_bits, group_size_of
 
 
 def read_mlx(files: SafetensorsFiles, settings: Mapping[str, Any], dtype: DTypeLike | None) -> dict[str, Entry]:

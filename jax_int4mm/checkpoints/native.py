@@ -76,7 +76,7 @@ def _described(files: SafetensorsFiles, name: str, text: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{files.folder} has metadata of {name!r} that does not describe an Int4Weight; copy or download it again"
         )
-    stacked = described.get("stacked", [])
+    stacked = described.get("stacked")
     sizes = [described.get("k"), described.get("n"), *(stacked if isinstance(stacked, list) else [None])]
     if (
         not all(isinstance(size, int) and size > 0 for size in sizes)

@@ -313,3 +313,17 @@ def test_a_perm_that_is_none(tmp_path: Path, rng: np.random.Generator) -> None:
         checkpoints.CheckpointError, match=r"'w\.perm' in .* is no permutation of k; the file is damaged"
     ):
         checkpoint["w"]
+
+
+@pytest.mark.parametrize("key", ["k", "n", "group_size", "inner_k_tiles", "stacked"])
+def test_metadata_that_lack_a_part(tmp_path: Path, key: str, rng: np.random.Generator) -> None:
+    checkpoints.save(tmp_path / "made", {"w": random_weight(rng, 512, 16)})
+
+    def apply(header: dict[str, Any]) -> None:
+        described = json.loads(header["__metadata__"]["w"])
+        del described[key]
+        header["__metadata__"]["w"] = json.dumps(described)
+
+    edit_header(tmp_path / "made" / "model.safetensors", apply)
+    with pytest.raises(checkpoints.CheckpointError, match=r"describes 'w' as .*; k, n and stacked have to be positive"):
+        checkpoints.load(tmp_path / "made")

@@ -7,7 +7,7 @@ from jax_int4mm.layout import pack_int4, pack_int4_bytes, unpack_int4
 from jax_int4mm.ops.dequantize import dequantize
 from jax_int4mm.ops.int4pack_mm import int4pack_mm
 from jax_int4mm.quantizers import quantize
-from jax_int4mm.weight import Int4Weight, matmul
+from jax_int4mm.weight import Int4Weight, concatenate, matmul
 
 __version__ = importlib.metadata.version("jax_int4mm")
 
@@ -15,6 +15,7 @@ __all__ = [
     "Explanation",
     "Int4Weight",
     "__version__",
+    "concatenate",
     "dequantize",
     "explain",
     "int4pack_mm",

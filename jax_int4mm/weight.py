@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -200,6 +201,35 @@ class Int4Weight:
             one = jax.vmap(one)
         return one(self.packed, self.scales_and_zeros, self.perm)
 
+    def columns(self, indices: ArrayLike) -> jax.Array:
+        """Columns of one (k, n) weight, dequantised: what an embedding looks up, its table [n, k] being the transpose.
+
+        Only what is asked for is read. Indices count from the end where they are negative, and those out of range are
+        taken for the nearest in range, as in ``table[indices]``.
+
+        Args:
+          indices: integers [...], columns of n.
+
+        Returns:
+          [..., k] in this weight's dtype, the values of :meth:`dequantize`.
+
+        Raises:
+          TypeError: indices are not integers.
+          ValueError: the weight is stacked.
+        """
+        indices = as_array("Int4Weight.columns", "indices", indices)
+        if not jnp.issubdtype(indices.dtype, jnp.integer):
+            raise TypeError(f"Int4Weight.columns: indices have dtype {indices.dtype}; they must be integers.")
+        if self.ndim != 2:
+            raise ValueError(
+                f"Int4Weight.columns: the weight is stacked, {list(self.shape)}; columns are of one [k, n]. Take one "
+                "with jax.tree.map(lambda a: a[i], w4), or vmap."
+            )
+        k, n = self._size()
+        if indices.size == 0:
+            return jnp.zeros((*indices.shape, k), self.dtype)
+        return _columns(self.packed, self.scales_and_zeros, self.perm, indices, group_size=self.group_size, k=k, n=n)
+
     def __rmatmul__(self, x: ArrayLike) -> jax.Array:
         """``x @ self`` for x [..., k] in this weight's dtype: [..., n]."""
         return matmul(x, self)
@@ -300,3 +330,88 @@ def _dequantize_one(
 ) -> jax.Array:
     w = dequantize_rows(packed, scales_and_zeros, group_size)[:n, :k].T
     return w if perm is None else jnp.zeros_like(w).at[perm].set(w)
+
+
+@functools.partial(jax.jit, static_argnames=("group_size", "k", "n"))
+def _columns(
+    packed: jax.Array,
+    scales_and_zeros: jax.Array,
+    perm: jax.Array | None,
+    indices: jax.Array,
+    *,
+    group_size: int,
+    k: int,
+    n: int,
+) -> jax.Array:
+    flat = indices.reshape(-1).astype(jnp.int32)
+    flat = jnp.clip(jnp.where(flat < 0, flat + n, flat), 0, n - 1)
+    # Of the eight columns of a tile only the one asked for is read; eight of those make a tile again.
+    tiles_n, tiles_k, lanes, words = packed.shape
+    lanes_of_column = lanes // TILE_N
+    taken = packed.reshape(tiles_n, tiles_k, TILE_N, lanes_of_column, words)[flat // TILE_N, :, flat % TILE_N]
+    missing = -len(flat) % TILE_N
+    tiles = jnp.pad(taken, [(0, missing), (0, 0), (0, 0), (0, 0)]).reshape(-1, TILE_N, tiles_k, lanes_of_column, words)
+    packed = tiles.swapaxes(1, 2).reshape(-1, tiles_k, lanes, words)
+    scales_and_zeros = jnp.pad(scales_and_zeros[:, flat], [(0, 0), (0, missing), (0, 0)])
+    w = dequantize_rows(packed, scales_and_zeros, group_size)[: len(flat), :k]
+    if perm is not None:
+        w = jnp.zeros_like(w).at[:, perm].set(w)
+    return w.reshape(*indices.shape, k)
+
+
+def concatenate(weights: Sequence[Int4Weight]) -> Int4Weight:
+    """One weight of several that multiply the same x, side by side along n: ``x @ w`` reads x once.
+
+    The query, key and value projections of attention and the gate and up projections of an MLP are such. Packed rows
+    move and nothing else does: each column of ``x @ concatenate(weights)`` is what the weight it came from gives,
+    as exactly as the kernel that the wider product takes.
+
+    Args:
+      weights: (*stacked, k, n_i), alike in all but n. Each n_i but the last is a multiple of 8.
+
+    Returns:
+      An Int4Weight (*stacked, k, sum of n_i).
+
+    Raises:
+      ValueError: there are none, or they differ in k, stacked dimensions, group_size, inner_k_tiles, dtype or perm, or
+        an n_i but the last is padded.
+    """
+    weights = list(weights)
+    if not weights:
+        raise ValueError("concatenate: there are no weights; give at least one Int4Weight.")
+    first = weights[0]
+    for weight in weights[1:]:
+        for name, of_first, other in (
+            ("shape but for n", first.shape[:-1], weight.shape[:-1]),
+            ("group_size", first.group_size, weight.group_size),
+            ("inner_k_tiles", first.inner_k_tiles, weight.inner_k_tiles),
+            ("dtype", first.dtype, weight.dtype),
+        ):
+            if of_first != other:
+                raise ValueError(
+                    f"concatenate: weights differ in {name}, {of_first} and {other}; they must be alike in all but n. "
+                    "Leave them apart, or quantise them alike."
+                )
+        if not _same_order(first.perm, weight.perm):
+            raise ValueError(
+                "concatenate: weights are stored in different orders of k (perm); they meet no x of one order. "
+                "Leave them apart, or quantise them with act_order=False."
+            )
+    for weight in weights[:-1]:
+        if weight.shape[-1] % TILE_N:
+            raise ValueError(
+                f"concatenate: a weight before the last has n = {weight.shape[-1]}, which is padded; it must be a "
+                f"multiple of {TILE_N}. Leave it apart, or put it last."
+            )
+    return dataclasses.replace(
+        first,
+        packed=jnp.concatenate([weight.packed for weight in weights], axis=-4),
+        scales_and_zeros=jnp.concatenate([weight.scales_and_zeros for weight in weights], axis=-2),
+        n=sum(weight.shape[-1] for weight in weights),
+    )
+
+
+def _same_order(first: jax.Array | None, other: jax.Array | None) -> bool:
+    if first is None or other is None or isinstance(first, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+        return first is other
+    return np.array_equal(first, other)

@@ -240,3 +240,84 @@ def test_it_takes_arrays_that_other_tools_packed(chosen: Kernel, rng: np.random.
     w4 = int4_weight(weight)
     x = cases.random_x(rng, (7, 256))
     assert bits(x @ w4) == bits(i4.int4pack_mm(x, weight.packed, weight.scales_and_zeros))
+
+
+@pytest.mark.parametrize(("k", "n"), [(64, 8), (200, 30), (513, 136)])
+@pytest.mark.parametrize("permuted", [False, True], ids=["in order", "permuted"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("inner_k_tiles", [2, 4, 8])
+def test_columns_are_those_of_the_dense_matrix(
+    k: int, n: int, permuted: bool, dtype: np.dtype, inner_k_tiles: int, rng: np.random.Generator
+) -> None:
+    w4 = quantized(rng, k, n, dtype=dtype, group_size=32, inner_k_tiles=inner_k_tiles)
+    if permuted:
+        w4 = with_perm(w4, rng)
+    table = dense(w4).T
+    indices = rng.integers(-n, n, (3, 5))
+    found = w4.columns(indices)
+    assert found.dtype == w4.dtype
+    np.testing.assert_array_equal(np.asarray(found), table[indices])
+    np.testing.assert_array_equal(np.asarray(jax.jit(i4.Int4Weight.columns)(w4, jnp.uint8(n - 1))), table[n - 1])
+    np.testing.assert_array_equal(np.asarray(w4.columns(np.array([n + 7, -n - 7]))), table[[n - 1, 0]])
+    assert w4.columns(np.zeros((2, 0), np.int32)).shape == (2, 0, k)
+
+
+def test_columns_read_no_more_of_the_weight_than_they_need(rng: np.random.Generator) -> None:
+    w4 = quantized(rng, 128, 4096)
+    compiled = jax.jit(i4.Int4Weight.columns).lower(w4, jnp.zeros(4, jnp.int32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < w4.nbytes // 10
+
+
+def test_columns_are_differentiable_in_scales_and_zeros(rng: np.random.Generator) -> None:
+    w4 = quantized(rng, 64, 16, group_size=32)
+    indices = jnp.array([3, 3, 9])
+
+    def of_columns(scales_and_zeros: jax.Array) -> jax.Array:
+        return dataclasses.replace(w4, scales_and_zeros=scales_and_zeros).columns(indices).astype(jnp.float32).sum()
+
+    def of_all(scales_and_zeros: jax.Array) -> jax.Array:
+        whole = dataclasses.replace(w4, scales_and_zeros=scales_and_zeros).dequantize()
+        return whole.T[indices].astype(jnp.float32).sum()
+
+    np.testing.assert_array_equal(*(np.asarray(jax.grad(f)(w4.scales_and_zeros)) for f in (of_columns, of_all)))
+
+
+def test_columns_refuse_what_is_no_index(rng: np.random.Generator) -> None:
+    w4 = quantized(rng, 2, 64, 8, group_size=32)
+    with pytest.raises(ValueError, match="stacked"):
+        w4.columns(np.zeros(3, np.int32))
+    with pytest.raises(TypeError, match="float32; they must be integers"):
+        jax.tree.map(lambda leaf: leaf[0], w4).columns(np.zeros(3, np.float32))
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["in order", "permuted"])
+def test_concatenated_weights_are_side_by_side(permuted: bool, rng: np.random.Generator) -> None:
+    parts = [quantized(rng, 3, 200, n, group_size=32) for n in (16, 8, 30)]
+    if permuted:
+        perm = np.stack([rng.permutation(200) for _ in range(3)]).astype(np.int32)
+        parts = [dataclasses.replace(part, perm=jnp.asarray(perm)) for part in parts]
+    whole = i4.concatenate(parts)
+    assert whole.shape == (3, 200, 54)
+    dense_parts = [np.asarray(part.dequantize()) for part in parts]
+    np.testing.assert_array_equal(np.asarray(whole.dequantize()), np.concatenate(dense_parts, axis=-1))
+    assert sum(part.nbytes for part in parts) == whole.nbytes + (2 * perm.nbytes if permuted else 0)
+    traced = jax.jit(lambda parts: i4.concatenate(parts))(parts if not permuted else parts[:1])
+    assert traced.shape == (whole.shape if not permuted else parts[0].shape)
+
+
+def test_weights_that_are_not_alike_are_not_concatenated(rng: np.random.Generator) -> None:
+    w4 = quantized(rng, 128, 16, group_size=32)
+    others = {
+        "shape but for n": quantized(rng, 256, 16, group_size=32),
+        "group_size": quantized(rng, 128, 16, group_size=64),
+        "inner_k_tiles": quantized(rng, 128, 16, group_size=32, inner_k_tiles=4),
+        "dtype": w4.astype(jnp.float16),
+        "orders of k": with_perm(w4, rng),
+    }
+    for difference, other in others.items():
+        with pytest.raises(ValueError, match=difference):
+            i4.concatenate([w4, other])
+    with pytest.raises(ValueError, match="n = 12, which is padded"):
+        i4.concatenate([quantized(rng, 128, 12, group_size=32), w4])
+    with pytest.raises(ValueError, match="no weights"):
+        i4.concatenate([])

@@ -164,11 +164,13 @@ def rounded_pairs(pairs: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray
     Raises:
       CheckpointError: one is not finite, or too large for dtype.
     """
-    with np.errstate(over="ignore"):
+    # A damaged file may hold signalling NaNs, which even asking for them reports.
+    with np.errstate(over="ignore", invalid="ignore"):
         rounded = pairs.astype(dtype)
-    if np.isfinite(rounded).all():
+        fits, finite = np.isfinite(rounded).all(), np.isfinite(pairs).all()
+    if fits:
         return rounded
-    if np.isfinite(pairs).all():
+    if finite:
         raise CheckpointError(
             f"{source} has a scale or zero of {float(np.abs(pairs).max()):.4g}, too large for {dtype}; "
             "load it with dtype=jnp.bfloat16"

@@ -1,4 +1,4 @@
-"""GPTQ for the model in `llama.py`, from text: what `generate.py --method gptq` does.
+"""GPTQ for the model in `decoder.py`, from text: what `generate.py --method gptq` does.
 
 Layers are quantised in the order in which they compute. Each is calibrated with the inputs that reach it through the
 layers before it as they are by then, quantised, so that it makes up for their errors too.
@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 import jax_int4mm as i4
+from decoder import LINEAR_NAMES, Params, embed, layer_forward, output_projection, rms_norm
+from decoder_config import Config
 from jax_int4mm.quantizers import Hessian
-from llama import LINEAR_NAMES, Config, Params, layer_forward, rms_norm
 
 # Linear layers with the same input, in the order in which they compute.
 SHARED_INPUTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
@@ -40,11 +41,11 @@ class Recorder:
         return x @ self.w
 
 
-@functools.partial(jax.jit, static_argnames=("config", "name"))
-def observe(hessian: Hessian, layer: Params, x: jax.Array, config: Config, name: str) -> Hessian:
-    """The Hessian with the inputs of the linear layer `name` added, for x [batch, t, hidden] into its decoder layer."""
+@functools.partial(jax.jit, static_argnames=("config", "index", "name"))
+def observe(hessian: Hessian, layer: Params, x: jax.Array, config: Config, index: int, name: str) -> Hessian:
+    """The Hessian with the inputs of the linear layer `name` added, for x [batch, t, hidden] into layer `index`."""
     recorders = {linear: Recorder(layer[linear]) for linear in LINEAR_NAMES}
-    layer_forward(layer | recorders, x, config)
+    layer_forward(layer | recorders, x, config, index)
     return hessian.add(recorders[name].x)
 
 
@@ -59,19 +60,20 @@ def quantize_linears_gptq(
 ) -> Params:
     """As `quantize_linears` of `generate.py`, by GPTQ with the text in windows [windows, length] of tokens."""
     quantize = functools.partial(i4.quantize, group_size=group_size, method="gptq", act_order=act_order)
-    run = jax.jit(layer_forward, static_argnames="config")
-    hidden = [params["embedding"][windows[i : i + batch]] for i in range(0, len(windows), batch)]
+    run = jax.jit(layer_forward, static_argnames=("config", "index"))
+    embeddings = jax.jit(embed, static_argnames="config")
+    hidden = [embeddings(params, windows[i : i + batch], config) for i in range(0, len(windows), batch)]
     layers = []
-    for layer in params["layers"]:
+    for index, layer in enumerate(params["layers"]):
         for names in SHARED_INPUTS:
             hessian = Hessian.zeros(layer[names[0]].shape[0])
             for x in hidden:
-                hessian = observe(hessian, layer, x, config, names[0])
+                hessian = observe(hessian, layer, x, config, index, names[0])
             layer = layer | {name: quantize(layer[name], calibration=hessian) for name in names}
-        hidden = [run(layer, x, config)[0] for x in hidden]
+        hidden = [run(layer, x, config, index)[0] for x in hidden]
         layers.append(layer)
     quantized = params | {"layers": layers}
     if lm_head:
-        inputs = (rms_norm(x, params["norm"], config.rms_norm_eps) for x in hidden)
-        quantized["lm_head"] = quantize(params["lm_head"], calibration=inputs)
+        inputs = (rms_norm(x, params["norm"], config.rms_norm_eps, config.unit_offset_norms) for x in hidden)
+        quantized["lm_head"] = quantize(output_projection(params), calibration=inputs)
     return quantized

@@ -12,6 +12,7 @@ import importlib
 import pathlib
 import sys
 import sysconfig
+import warnings
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,11 @@ def documents() -> dict[str, bytes]:
     for topic, text in importlib.import_module("pydoc_data.topics").topics.items():
         found[f"topic {topic}"] = text.encode()
     for name in sorted(sys.builtin_module_names):
-        found[f"docstrings of {name}"] = "\n\n\n".join(_docstrings(importlib.import_module(name))).encode()
+        with warnings.catch_warnings():
+            # Importing one that a later Python leaves out warns.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            module = importlib.import_module(name)
+        found[f"docstrings of {name}"] = "\n\n\n".join(_docstrings(module)).encode()
     return {name: text for name, text in found.items() if len(text) >= 256}
 
 

@@ -1,4 +1,4 @@
-"""Generates text with a Llama model whose linear layers are int4 weights.
+"""Generates text with a decoder whose linear layers are int4 weights.
 
     python examples/generate.py                                        # the byte-level model in byte_model/
     python examples/generate.py --prompt "class Queue:" --temperature 0.8 --seed 1
@@ -28,19 +28,21 @@ import numpy as np
 import jax_int4mm as i4
 from calibrate import quantize_linears_gptq, spread_windows
 from corpus import documents, joined, split
-from jax_int4mm import checkpoints
-from jax_int4mm.quantizers import METHODS
-from llama import (
+from decoder import (
     LINEAR_NAMES,
     Cache,
-    Config,
     Params,
     forward,
+    fuse,
     init_cache,
     logits,
     negative_log_likelihood,
+    output_projection,
     params_from_huggingface,
 )
+from decoder_config import Config
+from jax_int4mm import checkpoints
+from jax_int4mm.quantizers import METHODS
 
 BYTE_MODEL = pathlib.Path(__file__).parent / "byte_model"
 CALIBRATION_LENGTH = 2048  # tokens of a window, where the model has as many positions
@@ -123,7 +125,7 @@ def quantize_linears(params: Params, group_size: int, lm_head: bool, method: str
     """
     quantize = functools.partial(i4.quantize, group_size=group_size, method=method)
     layers = [layer | {name: quantize(layer[name]) for name in LINEAR_NAMES} for layer in params["layers"]]
-    return params | {"layers": layers} | ({"lm_head": quantize(params["lm_head"])} if lm_head else {})
+    return params | {"layers": layers} | ({"lm_head": quantize(output_projection(params))} if lm_head else {})
 
 
 def calibration_windows(args: argparse.Namespace, tokenizer: Tokenizer, config: Config) -> np.ndarray:
@@ -151,12 +153,6 @@ def nbytes(tree: Any) -> int:
 def linear_bytes(params: Params) -> int:
     """Bytes of the decoder's linear layers."""
     return nbytes([[layer[name] for name in LINEAR_NAMES] for layer in params["layers"]])
-
-
-def stored_bytes(params: Params, config: Config) -> int:
-    """Bytes of all parameters, an output projection that only repeats the embeddings left out."""
-    repeated = config.tie_word_embeddings and isinstance(params["lm_head"], jax.Array)
-    return nbytes(params) - (nbytes(params["lm_head"]) if repeated else 0)
 
 
 # --- perplexity --------------------------------------------------------------------------------------------------
@@ -199,7 +195,7 @@ def step(
     """Feeds tokens [batch, t] that begin at `position` and draws the one that follows: the whole prompt, or t = 1."""
     hidden, cache = forward(params, tokens, config, cache, position)
     key = jax.random.fold_in(key, position)
-    return sample(logits(params, hidden[:, -1]), key, temperature, top_k), cache
+    return sample(logits(params, hidden[:, -1], config), key, temperature, top_k), cache
 
 
 def generate(
@@ -263,7 +259,12 @@ class Stopwatch:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=pathlib.Path, default=BYTE_MODEL, help="a Hugging Face Llama directory")
+    parser.add_argument(
+        "--model",
+        type=pathlib.Path,
+        default=BYTE_MODEL,
+        help="a Hugging Face directory of a Llama, Mistral, Qwen or Gemma model",
+    )
     parser.add_argument("--prompt", help="text to continue (default: the beginning of a Python function)")
     parser.add_argument("--token-ids", action="store_true", help="prompt and output are token numbers")
     parser.add_argument("--max-new-tokens", type=int, help="default: 256, or as many as the model has positions for")
@@ -296,7 +297,7 @@ def run(args: argparse.Namespace) -> None:
     if is_int4 and (args.dense or args.method != "rtn"):
         raise ValueError(f"{args.model} is int4 already ({checkpoint.format}); leave out --dense and --method")
     if checkpoint.config is None:
-        raise ValueError(f"{args.model} has no config.json; give the directory of a Hugging Face Llama model")
+        raise ValueError(f"{args.model} has no config.json; give the directory of a Hugging Face model")
     config = Config.from_huggingface(checkpoint.config)
     tokenizer = tokenizer_for(args.model, config, args.token_ids)
     prompt = args.prompt
@@ -305,20 +306,18 @@ def run(args: argparse.Namespace) -> None:
 
     dense = params_from_huggingface(checkpoint, config, args.dtype)
     models = {f"int4 ({checkpoint.format})" if is_int4 else args.dtype: dense}
-    if args.dense or is_int4:
-        pass
-    elif args.method == "gptq":
+    if not args.dense and not is_int4 and args.method == "gptq":
         windows = calibration_windows(args, tokenizer, config)
         models[f"int4 g{args.group_size}"] = quantize_linears_gptq(
             dense, config, windows, args.group_size, args.quantize_lm_head, args.act_order
         )
-    else:
+    elif not args.dense and not is_int4:
         models[f"int4 g{args.group_size}"] = quantize_linears(
             dense, args.group_size, args.quantize_lm_head, args.method
         )
     print(f"{args.model} on {jax.devices()[0].device_kind}")
     for name, params in models.items():
-        linear, whole = linear_bytes(params), stored_bytes(params, config)
+        linear, whole = linear_bytes(params), nbytes(params)
         print(f"  {name:>8}: linear layers {linear:,} bytes, the whole model {whole:,}")
 
     heldout = args.model / "heldout.txt"
@@ -330,6 +329,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"  {name:>8}: held-out {figures}", flush=True)
 
     name, params = list(models.items())[-1]
+    params = fuse(params)
     prompt_tokens = tokenizer.encode(prompt)
     room = config.max_position_embeddings - len(prompt_tokens)
     tokens = generate(

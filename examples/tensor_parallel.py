@@ -24,9 +24,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_int4mm as i4
+from decoder import LINEAR_NAMES, Params, forward, logits, params_from_huggingface
+from decoder_config import Config
 from generate import BYTE_MODEL, ByteTokenizer, quantize_linears
 from jax_int4mm import checkpoints
-from llama import LINEAR_NAMES, Config, Params, forward, logits, params_from_huggingface
 
 COLUMN, ROW = P(None, "part"), P("part", None)  # Of a matrix [in, out].
 DIVISION = {name: ROW if name in ("o", "down") else COLUMN for name in LINEAR_NAMES}
@@ -58,7 +59,7 @@ def place(params: Params, mesh: Mesh) -> Params:
 def next_scores(params: Params, tokens: jax.Array, position: jax.typing.ArrayLike, config: Config) -> jax.Array:
     """f32 scores [batch, vocabulary] of the token at `position`, given those before it in tokens [batch, t]."""
     hidden, _ = forward(params, tokens, config)
-    return logits(params, jax.lax.dynamic_index_in_dim(hidden, position - 1, axis=1, keepdims=False))
+    return logits(params, jax.lax.dynamic_index_in_dim(hidden, position - 1, axis=1, keepdims=False), config)
 
 
 def communication(program: jax.stages.Compiled) -> collections.Counter[str]:

@@ -35,7 +35,8 @@ import optax
 from safetensors.numpy import save_file
 
 from corpus import SEPARATOR, documents, joined, split
-from llama import LINEAR_NAMES, NORM_NAMES, Config, Params, forward, logits, negative_log_likelihood
+from decoder import LINEAR_NAMES, NORM_NAMES, Params, forward, logits, negative_log_likelihood
+from decoder_config import Config
 
 GROUP_SIZE = 64  # of the 4-bit rounding that the model is made to survive
 HELDOUT_SAMPLE_BYTES = 96 * 1024
@@ -87,7 +88,7 @@ def init_params(key: jax.Array, config: Config) -> Params:
 
 def tied(params: Params) -> Params:
     """The parameters that `forward` and `logits` take: the embeddings are the output projection too."""
-    return params | {"lm_head": params["embedding"].T}
+    return params | {"lm_head": None}
 
 
 def cast(params: Params, dtype: jax.typing.DTypeLike) -> Params:
@@ -188,7 +189,9 @@ def train(
 
         used = tied(cast(with_rounding_noise(noise_key, params) if args.noise else params, jnp.bfloat16))
         hidden, _ = forward(used, tokens[:, :-1], config, dropout=dropout)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits(used, hidden), tokens[:, 1:]).mean()
+        return optax.losses.softmax_cross_entropy_with_integer_labels(
+            logits(used, hidden, config), tokens[:, 1:]
+        ).mean()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def run_steps(params: Params, state: Any, key: jax.Array, rates: jax.Array) -> tuple[Params, Any, jax.Array]:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import calibrate
+import decoder
 import generate
 import jax_int4mm as i4
-import llama
+from decoder_config import Config
 from jax_int4mm import checkpoints
 from jax_int4mm.quantizers import Hessian
 
@@ -20,10 +21,10 @@ BASE = Path(__file__).parents[1] / "data" / "llama_base"
 
 
 @functools.cache
-def base() -> tuple[llama.Params, llama.Config]:
+def base() -> tuple[decoder.Params, Config]:
     checkpoint = checkpoints.load(BASE)
-    config = llama.Config.from_huggingface(checkpoint.config)
-    return llama.params_from_huggingface(checkpoint, config, "bfloat16"), config
+    config = Config.from_huggingface(checkpoint.config)
+    return decoder.params_from_huggingface(checkpoint, config, "bfloat16"), config
 
 
 def test_windows_are_spread_over_the_text():
@@ -35,15 +36,15 @@ def test_windows_are_spread_over_the_text():
         calibrate.spread_windows(np.arange(0), 10, 2)
 
 
-def inputs_of_linears(layer: llama.Params, x: jax.Array, config: llama.Config) -> dict[str, jax.Array]:
+def inputs_of_linears(layer: decoder.Params, x: jax.Array, config: Config) -> dict[str, jax.Array]:
     """What each linear layer multiplies, written down once more."""
     batch, t, _ = x.shape
-    h = llama.rms_norm(x, layer["attention_norm"], config.rms_norm_eps)
+    h = decoder.rms_norm(x, layer["attention_norm"], config.rms_norm_eps)
     heads = [(h @ layer[name]).reshape(batch, t, -1, config.head_dim) for name in "qkv"]
-    turned = [llama.rotate(a, jnp.arange(t), llama.rope_frequencies(config)) for a in heads[:2]]
+    turned = [decoder.rotate(a, jnp.arange(t), config.rope.frequencies(config.head_dim)) for a in heads[:2]]
     attended = jax.nn.dot_product_attention(*turned, heads[2], is_causal=True).reshape(batch, t, -1)
     middle = x + attended @ layer["o"]
-    m = llama.rms_norm(middle, layer["mlp_norm"], config.rms_norm_eps)
+    m = decoder.rms_norm(middle, layer["mlp_norm"], config.rms_norm_eps)
     down = jax.nn.silu(m @ layer["gate"]) * (m @ layer["up"])
     return {"q": h, "k": h, "v": h, "o": attended, "gate": m, "up": m, "down": down}
 
@@ -53,7 +54,7 @@ def test_what_a_linear_layer_multiplies_is_observed(rng: np.random.Generator):
     x = params["embedding"][rng.integers(0, config.vocab_size, (2, 16))]
     for name, expected in inputs_of_linears(params["layers"][0], x, config).items():
         zeros = Hessian.zeros(expected.shape[-1])
-        found = calibrate.observe(zeros, params["layers"][0], x, config, name).matrix
+        found = calibrate.observe(zeros, params["layers"][0], x, config, 0, name).matrix
         exact = np.asarray(zeros.add(expected).matrix)
         np.testing.assert_allclose(found, exact, rtol=0, atol=0.02 * np.abs(exact).max())
 
@@ -67,17 +68,17 @@ def test_each_layer_is_calibrated_behind_quantised_ones(rng: np.random.Generator
         return float((i4.quantize(w, 64, "gptq", calibration=hessian).packed == found.packed).mean())
 
     x = params["embedding"][windows]
-    run = jax.jit(llama.layer_forward, static_argnames="config")
-    for layer, dense in zip(quantized["layers"], params["layers"], strict=True):
+    run = jax.jit(decoder.layer_forward, static_argnames=("config", "index"))
+    for index, (layer, dense) in enumerate(zip(quantized["layers"], params["layers"], strict=True)):
         for names in calibrate.SHARED_INPUTS:
             zeros = Hessian.zeros(dense[names[0]].shape[0])
-            int4, others = (calibrate.observe(zeros, before, x, config, names[0]) for before in (layer, dense))
+            int4, others = (calibrate.observe(zeros, before, x, config, index, names[0]) for before in (layer, dense))
             for name in names:
                 assert same(layer[name], dense[name], int4) >= 0.9, name
                 assert (same(layer[name], dense[name], others) >= 0.9) == (name in "qkv"), name
-        x, _ = run(layer, x, config)
-    last = Hessian.zeros(config.hidden_size).add(llama.rms_norm(x, params["norm"], config.rms_norm_eps))
-    assert same(quantized["lm_head"], params["lm_head"], last) >= 0.9
+        x, _ = run(layer, x, config, index)
+    last = Hessian.zeros(config.hidden_size).add(decoder.rms_norm(x, params["norm"], config.rms_norm_eps))
+    assert same(quantized["lm_head"], decoder.output_projection(params), last) >= 0.9
 
 
 def test_command_line_with_a_calibration_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

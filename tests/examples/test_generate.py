@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import decoder
 import generate
 import jax_int4mm as i4
-import llama
+from decoder_config import Config
 from jax_int4mm import checkpoints
 
 DATA = Path(__file__).parents[1] / "data"
@@ -24,15 +25,15 @@ REFERENCES = ["llama_base", "llama_llama3_rope"]
 BYTE_MODEL = generate.BYTE_MODEL
 
 
-def load(directory: Path, dtype: str) -> tuple[llama.Params, llama.Config]:
+def load(directory: Path, dtype: str) -> tuple[decoder.Params, Config]:
     checkpoint = checkpoints.load(directory)
-    config = llama.Config.from_huggingface(checkpoint.config)
-    return llama.params_from_huggingface(checkpoint, config, dtype), config
+    config = Config.from_huggingface(checkpoint.config)
+    return decoder.params_from_huggingface(checkpoint, config, dtype), config
 
 
-def logits(params: llama.Params, config: llama.Config, tokens: np.ndarray) -> np.ndarray:
-    hidden, _ = llama.forward(params, jnp.asarray(tokens), config)
-    return np.asarray(llama.logits(params, hidden))
+def logits(params: decoder.Params, config: Config, tokens: np.ndarray) -> np.ndarray:
+    hidden, _ = decoder.forward(params, jnp.asarray(tokens), config)
+    return np.asarray(decoder.logits(params, hidden, config))
 
 
 # --- the model ---------------------------------------------------------------------------------------------------
@@ -65,14 +66,14 @@ def test_decoding_with_a_cache_equals_the_whole_forward(weights: str):
     if weights == "int4":
         params = generate.quantize_linears(params, 64, lm_head=True)
     tokens = jnp.asarray(np.load(DATA / "llama_base" / "reference.npz")["input_ids"])
-    cache = llama.init_cache(config, len(tokens), 24, params["embedding"].dtype)
+    cache = decoder.init_cache(config, len(tokens), 24, params["embedding"].dtype)
     with jax.default_matmul_precision("highest"):
         expected = logits(params, config, tokens)
         pieces = []
         start = 0
         for stop in (5, *range(6, tokens.shape[1] + 1)):
-            hidden, cache = llama.forward(params, tokens[:, start:stop], config, cache, start)
-            pieces.append(np.asarray(llama.logits(params, hidden)))
+            hidden, cache = decoder.forward(params, tokens[:, start:stop], config, cache, start)
+            pieces.append(np.asarray(decoder.logits(params, hidden, config)))
             start = stop
     bound = 1e-5 if weights == "float32" else 2e-2
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, rtol=0, atol=bound * np.abs(expected).max())
@@ -114,23 +115,23 @@ def config_fields(**changes: Any) -> dict[str, Any]:
 
 
 def test_old_and_new_spelling_of_rope_parameters():
-    new = llama.Config.from_huggingface(config_fields())
+    new = Config.from_huggingface(config_fields())
     fields = config_fields()
     scaling = fields.pop("rope_parameters")
     theta = scaling.pop("rope_theta")
-    assert llama.Config.from_huggingface(fields | {"rope_theta": theta, "rope_scaling": scaling}) == new
+    assert Config.from_huggingface(fields | {"rope_theta": theta, "rope_scaling": scaling}) == new
     older = {("type" if name == "rope_type" else name): value for name, value in scaling.items()}
-    assert llama.Config.from_huggingface(fields | {"rope_theta": theta, "rope_scaling": older}) == new
-    plain = llama.Config.from_huggingface(fields | {"rope_theta": theta, "rope_scaling": None})
-    assert plain.rope_scaling is None
-    assert plain.rope_theta == theta
+    assert Config.from_huggingface(fields | {"rope_theta": theta, "rope_scaling": older}) == new
+    plain = Config.from_huggingface(fields | {"rope_theta": theta, "rope_scaling": None})
+    assert plain.rope.low_freq_factor is None
+    assert plain.rope.theta == theta
 
 
 def test_fields_that_a_config_may_leave_out():
     fields = config_fields(eos_token_id=[2, 7])
     for name in ("head_dim", "num_key_value_heads", "tie_word_embeddings", "attention_bias"):
         del fields[name]
-    config = llama.Config.from_huggingface(fields)
+    config = Config.from_huggingface(fields)
     assert (config.head_dim, config.num_key_value_heads) == (64, 4)
     assert not config.tie_word_embeddings
     assert config.eos_token_ids == (2, 7)
@@ -138,33 +139,38 @@ def test_fields_that_a_config_may_leave_out():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("model_type", "qwen2"), ("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True)],
+    [
+        ("model_type", "mamba"),
+        ("hidden_act", "relu"),
+        ("use_bidirectional_attention", True),
+        ("partial_rotary_factor", 0.5),
+    ],
 )
 def test_what_is_not_implemented_is_refused(field: str, value: object):
-    with pytest.raises(ValueError, match=rf"config\.json has {field} = {value!r}; this Llama decoder implements"):
-        llama.Config.from_huggingface(config_fields(**{field: value}))
+    with pytest.raises(ValueError, match=r"^config\.json .*; implemented (is|are) "):
+        Config.from_huggingface(config_fields(**{field: value}))
 
 
 def test_unknown_rope_type_is_refused():
-    with pytest.raises(ValueError, match=r"rope type 'yarn'; this Llama decoder implements default and llama3"):
-        llama.Config.from_huggingface(config_fields(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}))
+    with pytest.raises(ValueError, match=r"rope type 'yarn'; implemented are default, linear and llama3"):
+        Config.from_huggingface(config_fields(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}))
 
 
 def test_config_survives_huggingface_spelling():
-    config = llama.Config.from_huggingface(json.loads((DATA / "llama_base" / "config.json").read_text()))
-    assert llama.Config.from_huggingface(json.loads(json.dumps(config.to_huggingface()))) == config
+    config = Config.from_huggingface(json.loads((DATA / "llama_base" / "config.json").read_text()))
+    assert Config.from_huggingface(json.loads(json.dumps(config.to_huggingface()))) == config
 
 
 # --- generating --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def base() -> tuple[llama.Params, llama.Config]:
+def base() -> tuple[decoder.Params, Config]:
     params, config = load(DATA / "llama_base", "bfloat16")
     return generate.quantize_linears(params, 64, lm_head=False), config
 
 
-def test_greedy_tokens_are_the_likeliest_ones(base: tuple[llama.Params, llama.Config]):
+def test_greedy_tokens_are_the_likeliest_ones(base: tuple[decoder.Params, Config]):
     params, config = base
     prompt = [3, 5, 7, 11]
     tokens = list(generate.generate(params, config, prompt, 6))
@@ -176,7 +182,7 @@ def test_greedy_tokens_are_the_likeliest_ones(base: tuple[llama.Params, llama.Co
         assert scores[token] >= scores.max() - 0.01 * np.abs(scores).max()
 
 
-def test_sampling_follows_the_seed(base: tuple[llama.Params, llama.Config]):
+def test_sampling_follows_the_seed(base: tuple[decoder.Params, Config]):
     params, config = base
 
     def drawn(seed: int) -> list[int]:
@@ -195,7 +201,7 @@ def test_sampling_draws_from_the_top_k_only_and_in_proportion():
     assert (tokens == 1).mean() == pytest.approx(4 / 7, abs=4 * math.sqrt(4 / 7 * 3 / 7 / 4000))
 
 
-def test_generation_ends_at_the_end_of_text_token(base: tuple[llama.Params, llama.Config]):
+def test_generation_ends_at_the_end_of_text_token(base: tuple[decoder.Params, Config]):
     params, config = base
     free = list(generate.generate(params, config, [3, 5, 7], 8))
     stopping = dataclasses.replace(config, eos_token_ids=(free[3],))
@@ -203,13 +209,13 @@ def test_generation_ends_at_the_end_of_text_token(base: tuple[llama.Params, llam
 
 
 @pytest.mark.parametrize(("prompt", "new"), [([], 4), ([3], 0), ([3] * 200, 57)])
-def test_prompts_that_do_not_fit_are_refused(base: tuple[llama.Params, llama.Config], prompt: list[int], new: int):
+def test_prompts_that_do_not_fit_are_refused(base: tuple[decoder.Params, Config], prompt: list[int], new: int):
     params, config = base
     with pytest.raises(ValueError, match="both together have to fit the model's 256 positions"):
         list(generate.generate(params, config, prompt, new))
 
 
-def test_tokens_outside_the_vocabulary_are_refused(base: tuple[llama.Params, llama.Config]):
+def test_tokens_outside_the_vocabulary_are_refused(base: tuple[decoder.Params, Config]):
     params, config = base
     with pytest.raises(ValueError, match="outside the model's vocabulary, 0 to 511"):
         list(generate.generate(params, config, [3, 512], 4))
@@ -224,7 +230,7 @@ def test_bytes_of_one_character_come_out_together():
 # --- the command line --------------------------------------------------------------------------------------------
 
 
-def test_command_line_with_token_numbers(base: tuple[llama.Params, llama.Config], capsys: pytest.CaptureFixture[str]):
+def test_command_line_with_token_numbers(base: tuple[decoder.Params, Config], capsys: pytest.CaptureFixture[str]):
     arguments = ["--token-ids", "--prompt", "3 5 7", "--max-new-tokens", "6", "--temperature", "0"]
     generate.main(["--model", str(DATA / "llama_base"), *arguments])
     text, figures = capsys.readouterr().out.split("\n\n")[-2:]

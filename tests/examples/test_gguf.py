@@ -10,19 +10,20 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-import llama
+import decoder
+from decoder_config import Config
 from jax_int4mm import checkpoints
 
 BASE = Path(__file__).parents[1] / "data" / "llama_base"
 
 
-def logits(checkpoint: checkpoints.Checkpoint, config: llama.Config, tokens: np.ndarray) -> np.ndarray:
-    params = llama.params_from_huggingface(checkpoint, config, jnp.float32)
-    hidden, _ = llama.forward(params, jnp.asarray(tokens), config)
-    return np.asarray(llama.logits(params, hidden))
+def logits(checkpoint: checkpoints.Checkpoint, config: Config, tokens: np.ndarray) -> np.ndarray:
+    params = decoder.params_from_huggingface(checkpoint, config, jnp.float32)
+    hidden, _ = decoder.forward(params, jnp.asarray(tokens), config)
+    return np.asarray(decoder.logits(params, hidden, config))
 
 
-def convert(original: checkpoints.Checkpoint, config: llama.Config, path: Path) -> None:
+def convert(original: checkpoints.Checkpoint, config: Config, path: Path) -> None:
     """Writes a Llama model as llama.cpp's converter does."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -34,7 +35,7 @@ def convert(original: checkpoints.Checkpoint, config: llama.Config, path: Path) 
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_freq_base(config.rope.theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_eos_token_id(config.eos_token_ids[0])
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
@@ -55,11 +56,11 @@ def convert(original: checkpoints.Checkpoint, config: llama.Config, path: Path) 
 
 def test_a_converted_model_computes_the_same(tmp_path: Path):
     original = checkpoints.load(BASE)
-    config = llama.Config.from_huggingface(original.config)
+    config = Config.from_huggingface(original.config)
     convert(original, config, tmp_path / "model.gguf")
     converted = checkpoints.load(tmp_path)
     assert set(converted) == set(original)
-    assert llama.Config.from_huggingface(converted.config) == config
+    assert Config.from_huggingface(converted.config) == config
     with np.load(BASE / "reference.npz") as reference, jax.default_matmul_precision("highest"):
         tokens = reference["input_ids"]
         ours = logits(converted, config, tokens)

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import decoder
 import generate
 import jax_int4mm as i4
-import llama
+from decoder_config import Config
 from jax_int4mm import checkpoints
 
 pytest.importorskip("optax", reason="the training script needs optax")
 
 import train_byte_model
 
-CONFIG = llama.Config(
+CONFIG = Config(
     vocab_size=256,
     hidden_size=128,
     intermediate_size=192,
@@ -32,18 +33,18 @@ CONFIG = llama.Config(
 
 
 @pytest.fixture(scope="module")
-def params() -> llama.Params:
+def params() -> decoder.Params:
     return train_byte_model.init_params(jax.random.key(0), CONFIG)
 
 
-def test_simulated_rounding_is_that_of_the_library(params: llama.Params):
+def test_simulated_rounding_is_that_of_the_library(params: decoder.Params):
     low = train_byte_model.cast(params, jnp.bfloat16)
     rounded = train_byte_model.rounded_to_int4(low)["layers"][1]["gate"]
     expected = i4.quantize(low["layers"][1]["gate"], group_size=train_byte_model.GROUP_SIZE).dequantize()
     np.testing.assert_array_equal(np.asarray(rounded), np.asarray(expected))
 
 
-def test_rounding_noise_spans_one_step_of_each_group(params: llama.Params):
+def test_rounding_noise_spans_one_step_of_each_group(params: decoder.Params):
     w = params["layers"][0]["down"]
     noisy = train_byte_model.with_rounding_noise(jax.random.key(1), params)["layers"][0]["down"]
     groups = np.asarray(train_byte_model.grouped(w))
@@ -52,7 +53,7 @@ def test_rounding_noise_spans_one_step_of_each_group(params: llama.Params):
     assert noise.std() == pytest.approx(1 / 12**0.5, rel=0.02)
 
 
-def test_written_model_is_the_trained_one(params: llama.Params, tmp_path: Path):
+def test_written_model_is_the_trained_one(params: decoder.Params, tmp_path: Path):
     output = tmp_path / "models" / "tiny"
     train_byte_model.write_model(output, params, CONFIG, "held out\n", {"steps": 1})
     assert {file.name for file in output.iterdir()} == {
@@ -63,8 +64,8 @@ def test_written_model_is_the_trained_one(params: llama.Params, tmp_path: Path):
     }
     assert list(output.parent.iterdir()) == [output]
     checkpoint = checkpoints.load(output)
-    assert llama.Config.from_huggingface(checkpoint.config) == CONFIG
-    read = llama.params_from_huggingface(checkpoint, CONFIG, jnp.bfloat16)
+    assert Config.from_huggingface(checkpoint.config) == CONFIG
+    read = decoder.params_from_huggingface(checkpoint, CONFIG, jnp.bfloat16)
     expected = train_byte_model.tied(train_byte_model.cast(params, jnp.bfloat16))
     jax.tree.map(np.testing.assert_array_equal, read, expected)
 
@@ -78,8 +79,8 @@ def test_training_learns_and_reports_what_generate_measures(tmp_path: Path, caps
     # Uniform bytes cost 8 bits; their frequencies alone bring English and Python to under 5.
     assert report["heldout_bits_per_byte"]["bf16"] < 4.9
     checkpoint = checkpoints.load(tmp_path / "m")
-    config = llama.Config.from_huggingface(checkpoint.config)
-    params = llama.params_from_huggingface(checkpoint, config, jnp.bfloat16)
+    config = Config.from_huggingface(checkpoint.config)
+    params = decoder.params_from_huggingface(checkpoint, config, jnp.bfloat16)
     text = np.frombuffer((tmp_path / "m" / "heldout.txt").read_bytes(), np.uint8)
     bits = generate.mean_nats(params, config, text, windows=10**6) / np.log(2)
     assert bits == pytest.approx(report["heldout_sample_bits_per_byte"]["bf16"], abs=0.02)

@@ -14,3 +14,9 @@ def write_csv(path: pathlib.Path, rows: Sequence[dict[str, object]]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(path: pathlib.Path) -> list[dict[str, object]]:
+    """The rows of a file that :func:`write_csv` wrote, values as strings."""
+    with path.open(newline="") as file:
+        return [dict(row) for row in csv.DictReader(file)]

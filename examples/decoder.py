@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import decode_kernels
 import jax_int4mm as i4
 from decoder_config import Config
 from jax_int4mm import Int4Weight
@@ -312,6 +313,9 @@ def forward_embedded(
     dropout: Callable[[jax.Array], jax.Array] = lambda y: y,
 ) -> tuple[jax.Array, Cache]:
     """`forward` of embeddings x [batch, t, hidden]."""
+    is_step = cache is not None and x.shape[1] == 1 and not isinstance(start, int)
+    if is_step and decode_kernels.serve(x.dtype, config.head_dim):
+        return _forward_step(params, x, config, cache, start)
     new_cache: Cache = []
     for index, layer in enumerate(params["layers"]):
         x, cached = layer_forward(layer, x, config, index, None if cache is None else cache[index], start, dropout)
@@ -336,6 +340,49 @@ def forward(
     is empty. `dropout` is applied to the embeddings and to the output of every residual branch (training only).
     """
     return forward_embedded(params, dropout(embed(params, tokens, config)), config, cache, start, dropout)
+
+
+def _forward_step(
+    params: Params, x: jax.Array, config: Config, cache: Cache, start: jax.typing.ArrayLike
+) -> tuple[jax.Array, Cache]:
+    """`forward_embedded` of embeddings x [batch, 1, hidden] on the kernels of `decode_kernels.py`."""
+    batch = x.shape[0]
+    position = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (batch,))
+    norms = {"eps": config.rms_norm_eps, "unit_offset": config.unit_offset_norms}
+    # Alike in all layers of the same rotary embedding.
+    angles = {
+        rope: position[:, None].astype(jnp.float32) * rope.frequencies(config.head_dim)
+        for rope in {config.rope_of(index) for index in range(config.num_hidden_layers)}
+    }
+    cos_sin = {rope: jnp.stack([jnp.cos(angle), jnp.sin(angle)]) for rope, angle in angles.items()}
+
+    x = x[:, 0]
+    h = rms_norm(x, params["layers"][0]["attention_norm"], config.rms_norm_eps, config.unit_offset_norms)
+    new_cache: Cache = []
+    for index, layer in enumerate(params["layers"]):
+        qkv = _linear(layer, "qkv", h) if "qkv" in layer else jnp.concatenate(_linears(layer, "qkv", h, ()), axis=-1)
+        attended, k, v = decode_kernels.attend_step(
+            qkv,
+            cache[index]["k"],
+            cache[index]["v"],
+            position,
+            cos_sin[config.rope_of(index)],
+            (layer["q_norm"], layer["k_norm"]) if config.qk_norm else None,
+            heads=config.num_attention_heads,
+            scale=config.attention_scale,
+            window=config.window(index),
+            softcap=config.attention_softcap,
+            **norms,
+        )
+        new_cache.append({"k": k, "v": v})
+        y = _linear(layer, "o", attended)
+        x, h = decode_kernels.add_norm(x, y, layer["mlp_norm"], layer.get("attention_output_norm"), **norms)
+        gate, up = _linears(layer, "gate_up", h, [config.intermediate_size] * 2)
+        y = _linear(layer, "down", ACTIVATIONS[config.activation](gate) * up)
+        is_last = index + 1 == len(params["layers"])
+        following = params["norm"] if is_last else params["layers"][index + 1]["attention_norm"]
+        x, h = decode_kernels.add_norm(x, y, following, layer.get("mlp_output_norm"), **norms)
+    return h[:, None], new_cache
 
 
 def output_projection(params: Params) -> Any:

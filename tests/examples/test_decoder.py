@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import decode_kernels
 import decoder
 import jax_int4mm as i4
 from decoder_config import Config, Rope
@@ -67,6 +68,22 @@ def test_scores_are_those_of_transformers(name: str, fused: bool):
     params = params_of(name, "float32", fused)
     assert largest_error(whole(params, config, tokens), reference) < 1e-5
     assert largest_error(in_pieces(params, config, tokens, per_row=False), reference) < 1e-5
+    assert largest_error(in_pieces(params, config, tokens, per_row=True), reference) < 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+def test_steps_on_the_kernels_score_alike(name: str, fused: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode_kernels, "serve", lambda *_: True)
+    steps = []
+    add_norm = decode_kernels.add_norm
+    monkeypatch.setattr(
+        decode_kernels, "add_norm", lambda *args, **options: steps.append(1) or add_norm(*args, **options)
+    )
+    _, config, tokens, reference = stored(name)
+    params = params_of(name, "float32", fused)
+    assert largest_error(in_pieces(params, config, tokens, per_row=False), reference) < 1e-5
+    assert len(steps) == 2 * config.num_hidden_layers * (tokens.shape[1] - 15)
     assert largest_error(in_pieces(params, config, tokens, per_row=True), reference) < 1e-5
 
 

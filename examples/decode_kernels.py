@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 BLOCK = 64  # Positions of the cache that a program reads at a time.
 DOT_ROWS = 16  # The fewest rows of a product on tensor cores.
-PROGRAMS = 256  # As many programs as keep an H200's 132 multiprocessors busy.
+PROGRAMS = 128  # As many programs as keep an H200's 132 multiprocessors busy.
 
 
 def serve(dtype: DTypeLike, head_dim: int) -> bool:
@@ -35,11 +35,11 @@ def serve(dtype: DTypeLike, head_dim: int) -> bool:
     return jnp.dtype(dtype).itemsize == 2 and head_dim in (64, 128, 256)
 
 
-def _call(kernel: Any, name: str, num_warps: int, num_stages: int = 2, **arguments: Any) -> Any:
+def _call(kernel: Any, name: str, num_warps: int, **arguments: Any) -> Any:
     return pl.pallas_call(
         kernel,
         name=name,
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=3),
         interpret=jax.default_backend() != "gpu",
         **arguments,
     )

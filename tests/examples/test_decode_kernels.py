@@ -124,9 +124,9 @@ def test_attention_of_a_new_position(
 
 def test_the_cache_is_divided_among_as_many_programs_as_are_of_use():
     assert decode_kernels.splits_of(batch=1, kv_heads=8, length=1216) == 16
-    assert decode_kernels.splits_of(batch=1, kv_heads=8, length=100_000) == 32
-    assert decode_kernels.splits_of(batch=16, kv_heads=8, length=1216) == 2
-    assert decode_kernels.splits_of(batch=64, kv_heads=8, length=1216) == 1
+    assert decode_kernels.splits_of(batch=1, kv_heads=8, length=100_000) == 16
+    assert decode_kernels.splits_of(batch=16, kv_heads=8, length=1216) == 1
+    assert decode_kernels.splits_of(batch=4, kv_heads=8, length=1216) == 4
     assert decode_kernels.splits_of(batch=1, kv_heads=1, length=10) == 1
 
 

@@ -50,6 +50,7 @@ class _File:
             self._state = _state(file)
         header.pop("__metadata__", None)
         self.tensors: dict[str, dict[str, Any]] = header
+        self._asked = (0, 0)  # What the system was last asked to read, from the first byte to behind the last.
         end = max((described["data_offsets"][1] for described in header.values()), default=0)
         if set(handle.keys()) != set(header) or self._state[0] != self._begin + end:
             raise CheckpointError(f"{path} was written to while it was opened; open it again")
@@ -65,13 +66,23 @@ class _File:
         with self._path.open("rb") as file:
             if _state(file) != self._state:
                 raise CheckpointError(f"{self._path} has changed since it was opened; load the checkpoint again")
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), begin, end - begin + _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+            self._read_ahead(file, begin, end)
             # A map of its own, so that the memory is free when the tensor is no longer used.
             mapped = mmap.mmap(file.fileno(), end - begin + before, access=mmap.ACCESS_READ, offset=begin - before)
         tensor = np.frombuffer(mapped, np.uint8)[before:].view(dtype).reshape(described["shape"])
         # Files with headers of an odd length have their data anywhere, which devices do not take.
         return tensor if tensor.flags.aligned else tensor.copy()
+
+    def _read_ahead(self, file: BinaryIO, begin: int, end: int) -> None:
+        """Asks the system to read a tensor and what follows it, some of which it may have been asked for before.
+
+        Asking takes time for every page, one that is in memory too: so half of it is asked for at a time.
+        """
+        if not hasattr(os, "posix_fadvise") or self._asked[0] <= begin and end + _READ_AHEAD // 2 <= self._asked[1]:
+            return
+        first = self._asked[1] if self._asked[0] <= begin <= self._asked[1] else begin
+        os.posix_fadvise(file.fileno(), first, end + _READ_AHEAD - first, os.POSIX_FADV_WILLNEED)
+        self._asked = (begin, end + _READ_AHEAD)
 
 
 def _state(file: BinaryIO) -> tuple[int, int]:

@@ -15,9 +15,19 @@ PACKAGE = ROOT / "jax_int4mm"
 SOURCES = ROOT / "ffi"
 
 # A module imports from lower layers and from its own folder, and a name that is not here has no place yet.
-LAYERS = {"layout": 0, "ops": 1, "weight": 2, "explain": 3, "quantizers": 3, "nn": 4, "checkpoints": 4, "cli": 5}
+LAYERS = {
+    "layout": 0,
+    "ops": 1,
+    "weight": 2,
+    "tensor": 3,
+    "explain": 4,
+    "quantizers": 4,
+    "nn": 5,
+    "checkpoints": 5,
+    "cli": 6,
+}
 # The package itself: `import jax_int4mm` needs jax and numpy alone.
-PUBLIC_LAYER = 4
+PUBLIC_LAYER = 5
 
 CORE_DEPENDENCIES = {"jax", "numpy"}
 # What each of these brings is optional, and imported by nothing else.

@@ -78,7 +78,7 @@ class _File:
 
         Asking takes time for every page, one that is in memory too: so half of it is asked for at a time.
         """
-        if not hasattr(os, "posix_fadvise") or self._asked[0] <= begin and end + _READ_AHEAD // 2 <= self._asked[1]:
+        if not hasattr(os, "posix_fadvise") or (self._asked[0] <= begin and end + _READ_AHEAD // 2 <= self._asked[1]):
             return
         first = self._asked[1] if self._asked[0] <= begin <= self._asked[1] else begin
         os.posix_fadvise(file.fileno(), first, end + _READ_AHEAD - first, os.POSIX_FADV_WILLNEED)

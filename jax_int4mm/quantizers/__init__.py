@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,13 +17,25 @@ from jax_int4mm.ops.validation import ACTIVATION_DTYPES, check_group_size
 from jax_int4mm.quantizers.gptq import DAMPING, Hessian, by_importance, hessian_of, quantize_gptq
 from jax_int4mm.quantizers.hqq import quantize_hqq
 from jax_int4mm.quantizers.mse import quantize_mse
+from jax_int4mm.quantizers.report import QuantizedLayer, Report
 from jax_int4mm.quantizers.rtn import nearest, quantize_rtn
 from jax_int4mm.quantizers.rules import Recipe, Rules, is_array, path_name
+from jax_int4mm.tensor import Int4Tensor, as_matrices
 from jax_int4mm.weight import Int4Weight, padded_size
 
 METHODS = ("rtn", "mse", "hqq", "gptq")
 
-__all__ = ["METHODS", "Hessian", "Recipe", "Rules", "quantize", "quantize_params"]
+__all__ = [
+    "METHODS",
+    "Hessian",
+    "QuantizedLayer",
+    "Recipe",
+    "Report",
+    "Rules",
+    "quantize",
+    "quantize_tensor",
+    "quantize_tree",
+]
 
 
 def quantize(
@@ -134,7 +146,8 @@ def _check_gptq_options(method: str, calibration: object, act_order: bool, dampi
 
 
 def _check_range(w: jax.Array, dtype: np.dtype) -> None:
-    largest = float(jnp.abs(w).max())
+    # NaNs are looked for apart: on a CPU a maximum may pass over them.
+    largest = math.nan if jnp.isnan(w).any() else float(jnp.abs(w).max())
     limit = float(jnp.finfo(dtype).max) / 2  # Half of it, so that no group's range overflows.
     if not largest <= limit:
         raise ValueError(
@@ -205,37 +218,97 @@ def _quantize_one(
     return pack_int4(q, inner_k_tiles), scales_and_zeros, perm, solved
 
 
-def quantize_params(
+def quantize_tensor(
+    w: ArrayLike,
+    contracted: int | Sequence[int],
+    batch: int | Sequence[int] = (),
+    group_size: int = 128,
+    method: str = "rtn",
+    **options: Any,
+) -> Int4Tensor:
+    """Quantise a kernel of any number of dimensions, for :func:`~jax_int4mm.int4_einsum` and ``int4_dot_general``.
+
+    Args:
+      w: floats of any shape of two dimensions or more.
+      contracted: its axes that products sum over; groups run along them, the last one fastest.
+      batch: its axes that x has too, so that each index of them is a matrix of its own. For an einsum
+        :func:`~jax_int4mm.tensor.einsum_axes` gives both.
+      group_size: as in :func:`quantize`, and so are the others.
+      method: see there; "gptq" is not for tensors.
+      **options: ``symmetric``, ``dtype`` and ``inner_k_tiles`` of :func:`quantize`.
+
+    Raises:
+      TypeError: as quantize does.
+      ValueError: as quantize does; or an axis is out of range, twice there, or none is contracted; or none is kept and
+        the kernel multiplies to a scalar.
+    """
+    w = as_array("quantize_tensor", "w", w)
+    axes = []
+    for name, given in (("contracted", contracted), ("batch", batch)):
+        given = (given,) if isinstance(given, int) else tuple(given)
+        if any(not -w.ndim <= axis < w.ndim for axis in given):
+            raise ValueError(f"quantize_tensor: {name} is {list(given)}; w has axes 0 to {w.ndim - 1}.")
+        axes.append(tuple(sorted(axis % w.ndim for axis in given)))
+    together = (*axes[0], *axes[1])
+    if len(set(together)) < len(together) or not axes[0]:
+        raise ValueError(
+            f"quantize_tensor: contracted is {list(axes[0])} and batch {list(axes[1])}; at least one axis is "
+            "contracted, and none is named twice."
+        )
+    if method == "gptq":
+        raise ValueError(
+            'quantize_tensor: method is "gptq", which needs the inputs of a matrix; reshape the kernel to [k, n] and '
+            "call quantize, or take another method."
+        )
+    matrices = as_matrices(jnp.asarray(w), *axes)
+    weight = quantize(matrices, group_size, method, **options)
+    return Int4Tensor(weight, logical_shape=w.shape, contracted=axes[0], batch=axes[1])
+
+
+def quantize_tree(
     params: Any, rules: Rules | None = None, *, dtype: DTypeLike | None = None, inner_k_tiles: int = 8
-) -> Any:
+) -> tuple[Any, Report]:
     """A model's parameters with the matrices that the rules choose as :class:`Int4Weight`.
 
     Args:
-      params: a pytree of arrays; matrices are [*stacked, k, n], what you would write ``x @ w`` with. Int4Weights in it
-        stay as they are.
+      params: a pytree of arrays; matrices are [*stacked, k, n], what you would write ``x @ w`` with. Int4Weights and
+        Int4Tensors in it stay as they are.
       rules: which leaves, and how, by their path with slashes ("layers/0/up/kernel"); None for Rules().
       dtype: as in quantize.
       inner_k_tiles: as in quantize.
 
     Returns:
-      The same tree, one matrix after the other quantised.
+      The same tree, one matrix after the other quantised; and what was done.
 
     Raises:
       TypeError: as quantize does.
       ValueError: as quantize does, with the leaf's path before it.
     """
     rules = Rules() if rules is None else rules
+    layers = []
 
     def convert(path: Any, leaf: Any) -> Any:
         name = path_name(path)
         recipe = rules.recipe(name, leaf.shape, leaf.dtype) if is_array(leaf) else None
         if recipe is None:
             return leaf
-        try:
-            return quantize(
-                leaf, recipe.group_size, recipe.method, recipe.symmetric, dtype=dtype, inner_k_tiles=inner_k_tiles
-            )
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        weight = quantize_by(recipe, leaf, name, dtype=dtype, inner_k_tiles=inner_k_tiles)
+        layers.append(QuantizedLayer(name, leaf.shape, recipe, leaf.nbytes, weight.nbytes))
+        return weight
 
-    return jax.tree.map_with_path(convert, params, is_leaf=lambda leaf: isinstance(leaf, Int4Weight))
+    before = tree_bytes(params)
+    quantized = jax.tree.map_with_path(convert, params, is_leaf=lambda leaf: isinstance(leaf, (Int4Weight, Int4Tensor)))
+    return quantized, Report(tuple(layers), before, tree_bytes(quantized))
+
+
+def quantize_by(recipe: Recipe, w: ArrayLike, name: str, **options: Any) -> Int4Weight:
+    """``quantize`` by a recipe; a ValueError begins with the name of the weight."""
+    try:
+        return quantize(w, recipe.group_size, recipe.method, recipe.symmetric, **options)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of every array of a pytree."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if is_array(leaf))

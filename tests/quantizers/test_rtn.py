@@ -201,3 +201,15 @@ W = np.ones((128, 8), np.float32)
 def test_quantize_refuses(w: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^quantize: (the )?{message}"):
         i4.quantize(w, **arguments)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("size", [64, 2048])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(
+    dtype: str, value: float, size: int, rng: np.random.Generator
+) -> None:
+    w = jnp.asarray(rng.normal(size=(size, size)), dtype)
+    for row, column in rng.integers(0, size, (3, 2)):
+        with pytest.raises(ValueError, match="Remove what is not finite from w"):
+            i4.quantize(w.at[row, column].set(value), 64)

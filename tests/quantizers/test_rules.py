@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jax_int4mm as i4
-from jax_int4mm.quantizers import Recipe, Rules, quantize_params
+from jax_int4mm.quantizers import Recipe, Rules, quantize_tree
 
 HUGGING_FACE_NAMES = {
     "model.layers.0.self_attn.q_proj.weight": True,
@@ -112,7 +112,15 @@ def test_a_model_is_quantised_leaf_by_leaf(rng: np.random.Generator) -> None:
         "head": [matrix(64, 32), 7, None],
     }
     rules = Rules(Recipe("mse", 64), [("^head", Recipe("rtn", 32, symmetric=True))])
-    found = quantize_params(params, rules, inner_k_tiles=2)
+    found, report = quantize_tree(params, rules, inner_k_tiles=2)
+    assert [layer.name for layer in report.layers] == ["head/0", "layers/up/kernel"]
+    assert report.layers[1].shape == (3, 64, 96)
+    assert report.layers[1].bits_per_weight == 4 + 32 / 64
+    assert report.bytes_before == sum(leaf.nbytes for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
+    assert report.bytes_after == sum(leaf.nbytes for leaf in jax.tree.leaves(found) if isinstance(leaf, jax.Array))
+    lines = str(report).splitlines()
+    assert lines[1].split() == ["head/0", "64", "x", "32", "rtn", "g32", "symmetric", "5.00"]
+    assert lines[-1].startswith(f"2 layers; {report.bytes_before:,} bytes before")
     assert found["embedding"] is params["embedding"]
     assert found["done"] is params["done"]
     assert found["layers"]["up"]["bias"] is params["layers"]["up"]["bias"]
@@ -128,4 +136,4 @@ def test_a_model_is_quantised_leaf_by_leaf(rng: np.random.Generator) -> None:
 
 def test_an_error_names_the_leaf() -> None:
     with pytest.raises(ValueError, match=r"^layers/0/up: quantize: the largest \|w\| is nan"):
-        quantize_params({"layers": [{"up": jnp.full((32, 8), jnp.nan)}]})
+        quantize_tree({"layers": [{"up": jnp.full((32, 8), jnp.nan)}]})

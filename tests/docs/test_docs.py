@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ANY_PYTHON_FENCE = re.compile(r"^[ \t>]*[`~]{3,}[ \t]*py", re.IGNORECASE | re.MULTILINE)
-IMPORTS_TORCH = re.compile(r"^(?:import|from) torch\b", re.MULTILINE)
+OPTIONAL_IMPORT = re.compile(r"^(?:import|from) (torch|flax|equinox)\b", re.MULTILINE)
 
 
 def _name(page: Path) -> str:
@@ -31,12 +33,14 @@ BLOCKS = _blocks()
 
 
 @pytest.mark.parametrize(("page", "line", "source"), BLOCKS, ids=[f"{_name(page)}:{line}" for page, line, _ in BLOCKS])
-def test_block_runs(page: Path, line: int, source: str) -> None:
-    if IMPORTS_TORCH.search(source):
-        pytest.importorskip("torch", reason=f"docs/{_name(page)}:{line} needs torch: pip install '.[torch]'")
+def test_block_runs(page: Path, line: int, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in OPTIONAL_IMPORT.findall(source):
+        pytest.importorskip(name, reason=f"docs/{_name(page)}:{line} needs {name}")
     # Blank lines before the source make a traceback name the line of the page.
     code = compile("\n" * (line - 1) + source, str(page), "exec")
-    exec(code, {"__name__": "__docs__"})
+    program = types.ModuleType("__docs__")
+    monkeypatch.setitem(sys.modules, program.__name__, program)  # Where dataclasses look for their module.
+    exec(code, program.__dict__)
 
 
 def test_no_python_block_is_missed() -> None:

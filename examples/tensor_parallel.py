@@ -26,8 +26,9 @@ from jax.sharding import PartitionSpec as P
 import jax_int4mm as i4
 from decoder import LINEAR_NAMES, Params, forward, logits, params_from_huggingface
 from decoder_config import Config
-from generate import BYTE_MODEL, ByteTokenizer, quantize_linears
+from generate import BYTE_MODEL, quantize_linears
 from jax_int4mm import checkpoints
+from tokenization import ByteTokenizer
 
 COLUMN, ROW = P(None, "part"), P("part", None)  # Of a matrix [in, out].
 DIVISION = {name: ROW if name in ("o", "down") else COLUMN for name in LINEAR_NAMES}

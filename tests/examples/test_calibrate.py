@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from pathlib import Path
 
 import jax
@@ -16,6 +15,7 @@ import jax_int4mm as i4
 from decoder_config import Config
 from jax_int4mm import checkpoints
 from jax_int4mm.quantizers import Hessian
+from printed_table import numbers
 
 BASE = Path(__file__).parents[1] / "data" / "llama_base"
 
@@ -86,7 +86,8 @@ def test_command_line_with_a_calibration_file(tmp_path: Path, capsys: pytest.Cap
     file.write_text(" ".join(str(7 * i % 500) for i in range(300)))
     model = ["--model", str(BASE), "--token-ids", "--max-new-tokens", "3", "--method", "gptq"]
     generate.main([*model, "--calibration", str(file), "--calibration-windows", "2"])
-    assert "3 tokens with int4 g64 weights" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert len(printed.split("--- int4 g64\n")[1].split("\n")[0].split()) == 4
     for arguments, sentence in [
         ([], "--method gptq needs text of the kind that the model is for: --calibration FILE"),
         (["--calibration", str(tmp_path / "none")], "there is no file .*none to calibrate with"),
@@ -116,8 +117,8 @@ def test_shipped_model_is_calibrated_with_the_training_text(capsys: pytest.Captu
     common = ["--group-size", "128", "--max-new-tokens", "1", "--perplexity-windows", "2"]
     generate.main([*common, "--method", "gptq", "--act-order", "--calibration-windows", "4"])
     printed = capsys.readouterr().out
-    dense, int4 = (float(found) for found in re.findall(r"perplexity ([\d.]+)", printed))
+    dense, int4 = numbers(printed, "perplexity")
     assert int4 <= 1.02 * dense
     # Four bits and a scale and a zero for 128 of them, and the order of k.
-    dense_bytes, int4_bytes = (int(found.replace(",", "")) for found in re.findall(r"linear layers ([\d,]+)", printed))
+    dense_bytes, int4_bytes = numbers(printed, "linear layers, bytes")
     assert int4_bytes > dense_bytes * 17 // 64

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ import decoder
 import generate
 import jax_int4mm as i4
 from decoder_config import Config
+from decoding import NOTHING, Generator
 from jax_int4mm import checkpoints
+from printed_table import figures, numbers
 
 DATA = Path(__file__).parents[1] / "data"
 REFERENCES = ["llama_base", "llama_llama3_rope"]
@@ -170,80 +171,74 @@ def base() -> tuple[decoder.Params, Config]:
     return generate.quantize_linears(params, 64, lm_head=False), config
 
 
-def test_greedy_tokens_are_the_likeliest_ones(base: tuple[decoder.Params, Config]):
-    params, config = base
-    prompt = [3, 5, 7, 11]
-    tokens = list(generate.generate(params, config, prompt, 6))
-    assert len(tokens) == 6
-    for token, scores in zip(
-        tokens, logits(params, config, np.array([prompt + tokens]))[0, len(prompt) - 1 :], strict=False
-    ):
-        # The cached path may round a tie the other way.
-        assert scores[token] >= scores.max() - 0.01 * np.abs(scores).max()
-
-
-def test_sampling_follows_the_seed(base: tuple[decoder.Params, Config]):
-    params, config = base
-
-    def drawn(seed: int) -> list[int]:
-        return list(generate.generate(params, config, [3, 5, 7], 12, temperature=1.0, seed=seed))
-
-    assert drawn(1) == drawn(1)
-    assert drawn(1) != drawn(2)
-
-
-def test_sampling_draws_from_the_top_k_only_and_in_proportion():
-    scores = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
-    draw = jax.vmap(lambda key: generate.sample(scores, key, 1.0, 2)[0])
-    tokens = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
-    assert set(tokens.tolist()) == {1, 3}
-    # Four standard deviations of a binomial.
-    assert (tokens == 1).mean() == pytest.approx(4 / 7, abs=4 * math.sqrt(4 / 7 * 3 / 7 / 4000))
-
-
-def test_generation_ends_at_the_end_of_text_token(base: tuple[decoder.Params, Config]):
-    params, config = base
-    free = list(generate.generate(params, config, [3, 5, 7], 8))
-    stopping = dataclasses.replace(config, eos_token_ids=(free[3],))
-    assert list(generate.generate(params, stopping, [3, 5, 7], 8)) == free[: free.index(free[3])]
-
-
-@pytest.mark.parametrize(("prompt", "new"), [([], 4), ([3], 0), ([3] * 200, 57)])
-def test_prompts_that_do_not_fit_are_refused(base: tuple[decoder.Params, Config], prompt: list[int], new: int):
-    params, config = base
-    with pytest.raises(ValueError, match="both together have to fit the model's 256 positions"):
-        list(generate.generate(params, config, prompt, new))
-
-
-def test_tokens_outside_the_vocabulary_are_refused(base: tuple[decoder.Params, Config]):
-    params, config = base
-    with pytest.raises(ValueError, match="outside the model's vocabulary, 0 to 511"):
-        list(generate.generate(params, config, [3, 512], 4))
-
-
-def test_bytes_of_one_character_come_out_together():
-    tokenizer = generate.ByteTokenizer()
-    tokens = tokenizer.encode("aé→")
-    assert list(tokenizer.stream(iter(tokens))) == ["a", "", "é", "", "", "→"]
-
-
 # --- the command line --------------------------------------------------------------------------------------------
 
 
 def test_command_line_with_token_numbers(base: tuple[decoder.Params, Config], capsys: pytest.CaptureFixture[str]):
     arguments = ["--token-ids", "--prompt", "3 5 7", "--max-new-tokens", "6", "--temperature", "0"]
     generate.main(["--model", str(DATA / "llama_base"), *arguments])
-    text, figures = capsys.readouterr().out.split("\n\n")[-2:]
-    expected = list(generate.generate(*base, [3, 5, 7], 6))
-    assert text.split()[-9:] == [str(token) for token in [3, 5, 7, *expected]]
-    assert figures.startswith("6 tokens with int4 g64 weights")
+    printed = capsys.readouterr().out
+    expected = np.concatenate(list(Generator(*base).generate([[3, 5, 7]], 6)), axis=1)[0]
+    expected = [3, 5, 7, *(token for token in expected if token != NOTHING)]
+    assert printed.split("--- int4 g64\n")[1].split("\n")[0].split() == [str(token) for token in expected]
+    dense, int4 = numbers(printed, "linear layers, bytes")
+    assert dense > int4
+    for name in ("prefill, tokens/s", "first token, ms", "device memory, MB"):
+        assert numbers(printed, name)[-1] > 0
 
 
-def test_command_line_with_a_tokenizer_file(capsys: pytest.CaptureFixture[str]):
+def test_command_line_with_a_tokenizer_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("tokenizers")
+    monkeypatch.setitem(sys.modules, "rich.console", None)  # As where it is not installed.
     generate.main(["--model", str(DATA / "llama_base"), "--prompt", "the model", "--max-new-tokens", "5", "--dense"])
-    assert "\nthe model" in (printed := capsys.readouterr().out)
-    assert "tokens with bfloat16 weights" in printed
+    assert "--- bfloat16\nthe model" in (printed := capsys.readouterr().out)
+    assert len(figures(printed)["decode, tokens/s"]) == 1
+
+
+def test_prompts_in_a_batch(capsys: pytest.CaptureFixture[str]):
+    arguments = ["--temperature", "0", "--max-new-tokens", "12", "--perplexity-windows", "0"]
+    prompts = ["import os\n", "class Queue:\n    def "]
+    alone = []
+    for prompt in prompts:
+        generate.main([*arguments, "--prompt", prompt])
+        alone.append(capsys.readouterr().out.split(f"--- int4 g64\n{prompt}")[1].split("\n\n┏")[0].split("\n\n  ")[0])
+    generate.main([*arguments, "--prompt", prompts[0], "--prompt", prompts[1]])
+    printed = capsys.readouterr().out
+    for prompt, text in zip(prompts, alone, strict=True):
+        assert f"> {prompt}\n{text.rstrip()}" in printed
+
+
+def test_compared_models_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    text = tmp_path / "text.txt"
+    text.write_bytes((BYTE_MODEL / "heldout.txt").read_bytes()[:3000])
+    options = ["--max-new-tokens", "20", "--perplexity", str(text), "--temperature", "0", "--stop", "\n"]
+    generate.main(["--compare", *options, "--prompt", "import sys\nimport "])
+    printed = capsys.readouterr().out
+    for name in ("decode, tokens/s", "first token, ms", "device memory, MB"):
+        assert len(figures(printed)[name]) == 2
+    dense, int4 = numbers(printed, "perplexity")
+    assert dense != int4 == pytest.approx(dense, rel=0.05)
+    for name in ("bfloat16", "int4 g64"):
+        following = printed.split(f"--- {name}\nimport sys\nimport ")[1]
+        assert following.split("\n")[0].isidentifier()
+        assert following.split("\n")[1] == ""
+    with pytest.raises(SystemExit, match=r"there is no file .* to measure perplexity on"):
+        generate.main(["--perplexity", str(tmp_path / "none.txt")])
+
+
+def test_a_chat_model_is_prompted_by_its_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("jinja2")
+    shutil.copytree(BYTE_MODEL, tmp_path / "chat")
+    template = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}def "
+    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
+    options = ["--temperature", "0", "--max-new-tokens", "8", "--perplexity-windows", "0"]
+    generate.main([*options, "--prompt", "# system: Be brief.\n# user: Hello\ndef "])
+    plain = capsys.readouterr().out.split("Hello\ndef ")[1].split("\n")[0]
+    chat = ["--chat", "--system", "Be brief.", "--prompt", "Hello"]
+    generate.main(["--model", str(tmp_path / "chat"), *options, *chat])
+    assert capsys.readouterr().out.split("--- int4 g64\n")[1].split("\n")[0] == plain
+    with pytest.raises(SystemExit, match="has no chat template; leave out --chat"):
+        generate.main([*options, "--chat"])
 
 
 @pytest.mark.parametrize(
@@ -276,22 +271,15 @@ def test_shipped_model_predicts_heldout_text_in_int4_as_in_bf16(capsys: pytest.C
     """The README's command, with fewer tokens: figures within the bounds, and text that can be read."""
     generate.main(["--max-new-tokens", "160"])
     printed = capsys.readouterr().out
-    figures = {
-        name.strip(): (float(perplexity), float(bits))
-        for name, perplexity, bits in re.findall(
-            r"^ +(\S+(?: g64)?): held-out perplexity ([\d.]+) per byte, ([\d.]+) bits per byte$", printed, re.MULTILINE
-        )
-    }
-    assert set(figures) == {"bfloat16", "int4 g64"}
-    for perplexity, bits in figures.values():
-        assert bits <= 2.2
-        assert math.log2(perplexity) == pytest.approx(bits, abs=1e-3)
-    assert figures["int4 g64"][0] <= 1.03 * figures["bfloat16"][0]
+    perplexities, bits = (numbers(printed, name) for name in ("perplexity", "bits per token"))
+    assert len(perplexities) == 2
+    assert max(bits) <= 2.2
+    np.testing.assert_allclose(np.log2(perplexities), bits, atol=1e-3)
+    assert perplexities[1] <= 1.03 * perplexities[0]
+    dense, int4 = numbers(printed, "linear layers, bytes")
+    assert int4 == dense * 9 // 32
 
-    linear = {name: int(size.replace(",", "")) for name, size in re.findall(r"(\S+): linear layers ([\d,]+)", printed)}
-    assert linear["g64"] == linear["bfloat16"] * 9 // 32
-
-    text = printed.split(generate.DEFAULT_PROMPT)[1].rsplit("\n\n", 1)[0]
+    text = printed.split(generate.DEFAULT_PROMPT)[1].rsplit("linear layers", 1)[0]
     words = re.findall("[A-Za-z]{3,}", text)
     known = set(re.findall("[A-Za-z]{3,}", (BYTE_MODEL / "heldout.txt").read_text(encoding="utf-8")))
     assert len(words) >= 5
@@ -300,6 +288,6 @@ def test_shipped_model_predicts_heldout_text_in_int4_as_in_bf16(capsys: pytest.C
 
 def test_shipped_model_decodes_with_a_quantized_output_projection(capsys: pytest.CaptureFixture[str]):
     generate.main(["--quantize-lm-head", "--group-size", "128", "--max-new-tokens", "8", "--perplexity-windows", "4"])
-    perplexities = [float(found) for found in re.findall(r"perplexity ([\d.]+)", capsys.readouterr().out)]
+    perplexities = numbers(capsys.readouterr().out, "perplexity")
     assert len(perplexities) == 2
     assert perplexities[1] <= 1.1 * perplexities[0]

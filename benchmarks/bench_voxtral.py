@@ -11,8 +11,10 @@ projection in int4, embeddings and projector in bf16. Rows:
 - token_embedding: 1138 tokens.
 - text_decoder: 1138 embeddings through the decoder into a cache, with scores of every one of them.
 - step batch B context C: one token for each of B rows behind C others, of a loop on the device.
-- llama3_8b step batch B: the same of Llama 3 8B's shapes behind 1024 tokens.
 - peak: the most device memory in use by then, of all rows above it; a process for each kind of weights.
+- peak batch 16: the same, the step of 16 rows and their cache included.
+- load: from files in the system's cache to every parameter on the device, by `jax_int4mm.checkpoints`.
+- llama3_8b step batch B: the step of Llama 3 8B's shapes behind 1024 tokens.
 
 `ms` is wall time of calls that are queued one behind the other, the median of the repeats. `matmul_ms`, `attention_ms`
 and `rest_ms` divide the device's time by the names of its kernels, in one profile; they are empty without a GPU.
@@ -42,6 +44,7 @@ import decoder
 import jax_int4mm as i4
 import voxtral
 from decoder_config import Config, Rope
+from jax_int4mm import checkpoints
 from result_table import read_csv, write_csv
 
 KINDS = {"bf16": None, "int4 g128": 128, "int4 g32": 32}
@@ -246,6 +249,20 @@ def measure_steps(
     found.add(f"{name}step batch {batch} context {context}", call, queued=2, steps=LOOP, nbytes=read)
 
 
+def measure_load(found: Measurements, params: Any) -> None:
+    """The row load."""
+    leaves, _ = jax.tree.flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, i4.Int4Weight))
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints.save(pathlib.Path(folder, "model"), named)
+
+        def load() -> Any:
+            loaded = checkpoints.load(pathlib.Path(folder, "model"))
+            return [jax.device_put(loaded[name]) for name in loaded]
+
+        found.record("load", ms=f"{median_ms(load, found.args.repeats, queued=1):.4f}")
+
+
 def measure(kind: str, args: argparse.Namespace) -> list[dict[str, object]]:
     """All rows of one kind of weights."""
     found = Measurements(kind, args)
@@ -257,11 +274,12 @@ def measure(kind: str, args: argparse.Namespace) -> list[dict[str, object]]:
     found.record("weights", gib=f"{nbytes((audio, text)) / 2**30:.3f}")
     measure_encoder(found, audio_config, audio)
     measure_prefill(found, config, text)
-    for batch in (1, 16):
+    for batch, row in ((1, "peak"), (16, "peak batch 16")):
         measure_steps(found, "", config, text, batch, CONTEXT)
-    statistics_of_device = jax.devices()[0].memory_stats()
-    if statistics_of_device:
-        found.record("peak", gib=f"{statistics_of_device['peak_bytes_in_use'] / 2**30:.3f}")
+        statistics_of_device = jax.devices()[0].memory_stats()
+        if statistics_of_device:
+            found.record(row, gib=f"{statistics_of_device['peak_bytes_in_use'] / 2**30:.3f}")
+    measure_load(found, {"audio": audio, "text": text})
     del audio, text
     config = shortened(LLAMA3_8B, args.layers)
     text = text_params(config, weights)

@@ -20,6 +20,12 @@ DATA = Path(__file__).parents[1] / "data"
 PROMPTS = [[3, 5, 7, 11], [19], list(range(40, 61)), [8, 8, 8]]
 
 
+@pytest.fixture(autouse=True)
+def _exact_products():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 @functools.cache
 def model(name: str = "llama_base") -> tuple[decoder.Params, Config]:
     checkpoint = checkpoints.load(DATA / name)

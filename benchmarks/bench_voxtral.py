@@ -1,10 +1,11 @@
 """Times Voxtral Mini 3B in bf16 and in int4: the table that ExecuTorch published of it, and decoding.
 
-    python benchmarks/bench_voxtral.py --output benchmarks/results/h200/voxtral.csv
+    JAX_INT4MM_STEP_KERNELS=1 python benchmarks/bench_voxtral.py --output benchmarks/results/h200/voxtral.csv
     python benchmarks/bench_voxtral.py --layers 0.1 --repeats 2 --output small.csv      # a tenth of the layers
 
-Random weights of the model's shapes in the examples' code: every linear layer of encoder and decoder and the output
-projection in int4, embeddings and projector in bf16. Rows:
+JAX_INT4MM_STEP_KERNELS=1 takes the kernels of examples/decode_kernels.py for the steps. Random weights of the model's
+shapes in the examples' code: every linear layer of encoder and decoder and the output projection in int4, embeddings
+and projector in bf16. Rows:
 
 - weights: bytes of all parameters, as a file of them has.
 - audio_encoder: features [3, 128, 3000] to embeddings, 4500 rows.
@@ -74,7 +75,7 @@ LLAMA3_8B = Config(
     rms_norm_eps=1e-5,
     rope=Rope(5e5),
 )
-ATTENTION, MATMUL = r"cudnn|sdpa|flash", r"int4mm|nvjet|gemm|cutlass|splitK|xmma"
+ATTENTION, MATMUL = r"cudnn|sdpa|flash|attend_", r"int4mm|nvjet|gemm|cutlass|splitK|xmma"
 
 
 # --- random models -----------------------------------------------------------------------------------------------

@@ -4,11 +4,14 @@ Between two products of a layer XLA would run up to nine kernels of a few micros
 residual sum and the norm after it, and `attend_step`, which normalises, rotates and stores the new keys and attends to
 the cache, divided over the GPU as in Flash-Decoding (https://crfm.stanford.edu/2023/10/12/flashdecoding.html). On other
 platforms Pallas interprets them: slowly, for tests.
+
+They stand on Pallas' Triton backend, which jax 0.10 to 0.12 have and 0.11.2 calls deprecated.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -23,7 +26,13 @@ PROGRAMS = 128  # As many programs as keep an H200's 132 multiprocessors busy.
 
 
 def serve(dtype: DTypeLike, head_dim: int) -> bool:
-    """Whether a step with heads of this size runs on these kernels here: on one NVIDIA GPU, in 16 bits."""
+    """Whether a step with heads of this size runs on these kernels here.
+
+    They are for one NVIDIA GPU and 16 bits, and have to be asked for by JAX_INT4MM_STEP_KERNELS=1: what they compute
+    has been compared under Pallas' interpreter, and timed but not yet compared on a GPU.
+    """
+    if os.environ.get("JAX_INT4MM_STEP_KERNELS") != "1":
+        return False
     devices = jax.devices()
     if len(devices) > 1 or devices[0].platform != "gpu" or "nvidia" not in devices[0].device_kind.lower():
         return False

@@ -155,7 +155,7 @@ def on_device(*leaves: np.ndarray | None) -> list[Any]:
     ``jax.device_put`` takes aligned memory as it is on a CPU, where ``jnp.asarray`` copies. Elsewhere the copy is
     awaited: a file that is written to meanwhile would end the process.
     """
-    return jax.block_until_ready(jax.device_put(list(leaves)))
+    return jax.block_until_ready([leaf if leaf is None else jax.device_put(leaf) for leaf in leaves])
 
 
 def rounded_pairs(pairs: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:

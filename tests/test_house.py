@@ -32,7 +32,7 @@ PUBLIC_LAYER = 5
 CORE_DEPENDENCIES = {"jax", "numpy"}
 # What each of these brings is optional, and imported by nothing else.
 MORE_DEPENDENCIES = {
-    "nn": {"flax"},
+    "nn": {"flax", "qwix"},
     "checkpoints": {"gguf", "huggingface_hub", "ml_dtypes", "safetensors"},
     "cli": {"rich", "typer"},
 }

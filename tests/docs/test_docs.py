@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ANY_PYTHON_FENCE = re.compile(r"^[ \t>]*[`~]{3,}[ \t]*py", re.IGNORECASE | re.MULTILINE)
-OPTIONAL_IMPORT = re.compile(r"^(?:import|from) (torch|flax|equinox)\b", re.MULTILINE)
+OPTIONAL_IMPORT = re.compile(r"^(?:import|from) (torch|flax|equinox|qwix)\b", re.MULTILINE)
 
 
 def _name(page: Path) -> str:
@@ -40,7 +41,10 @@ def test_block_runs(page: Path, line: int, source: str, monkeypatch: pytest.Monk
     code = compile("\n" * (line - 1) + source, str(page), "exec")
     program = types.ModuleType("__docs__")
     monkeypatch.setitem(sys.modules, program.__name__, program)  # Where dataclasses look for their module.
-    exec(code, program.__dict__)
+    with warnings.catch_warnings():
+        if "qwix" in OPTIONAL_IMPORT.findall(source):
+            warnings.simplefilter("ignore", DeprecationWarning)  # Of names of Flax that Qwix takes.
+        exec(code, program.__dict__)
 
 
 def test_no_python_block_is_missed() -> None:

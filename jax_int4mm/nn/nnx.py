@@ -54,6 +54,25 @@ class _Int4Module(nnx.Module):
         object.__setattr__(layer, "__class__", cls)
         return cast(Self, layer)
 
+    @classmethod
+    def _from_dense(
+        cls,
+        dense: nnx.Module,
+        *,
+        group_size: int = 128,
+        method: str = "rtn",
+        symmetric: bool = False,
+        dtype: DTypeLike | None = None,
+        inner_k_tiles: int = 8,
+    ) -> Self:
+        layer = cls._empty()
+        layer._take(dense, Recipe(method, group_size, symmetric), dtype=dtype, inner_k_tiles=inner_k_tiles)
+        return layer
+
+    def _take(self, dense: Any, recipe: Recipe, name: str = "kernel", **options: Any) -> None:
+        """Becomes the int4 layer of a dense one; what is wrong is said of `name`."""
+        raise NotImplementedError
+
     def _hold(
         self,
         weight: Int4Weight,
@@ -112,10 +131,6 @@ def _quantized(
     return quantize_by(recipe, matrices(kernel), name, **options)
 
 
-def _recipe(group_size: int, method: str, symmetric: bool) -> Recipe:
-    return Recipe(method, group_size, symmetric)
-
-
 class Int4Linear(_Int4Module):
     """``nnx.Linear`` with an int4 kernel.
 
@@ -169,11 +184,11 @@ class Int4Linear(_Int4Module):
             rngs=rngs,
             **linear_options,
         )
-        self._take(dense, _recipe(group_size, method, symmetric), inner_k_tiles=inner_k_tiles)
+        self._take(dense, Recipe(method, group_size, symmetric), inner_k_tiles=inner_k_tiles)
 
-    def _take(self, linear: nnx.Linear, recipe: Recipe, name: str = "Int4Linear", **options: Any) -> None:
-        weight = _quantized(linear.kernel[...], name, (0,), (), 2, recipe, **options)
-        self._set(weight, linear.bias, linear.dtype, linear.param_dtype, linear.kernel.get_metadata())
+    def _take(self, dense: nnx.Linear, recipe: Recipe, name: str = "kernel", **options: Any) -> None:
+        weight = _quantized(dense.kernel[...], name, (0,), (), 2, recipe, **options)
+        self._set(weight, dense.bias, dense.dtype, dense.param_dtype, dense.kernel.get_metadata())
 
     def _set(
         self,
@@ -190,32 +205,18 @@ class Int4Linear(_Int4Module):
         self.dtype, self.param_dtype = dtype, param_dtype
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nnx.Linear,
-        *,
-        group_size: int = 128,
-        method: str = "rtn",
-        symmetric: bool = False,
-        dtype: DTypeLike | None = None,
-        inner_k_tiles: int = 8,
-    ) -> Int4Linear:
+    def from_linear(cls, linear: nnx.Linear, **options: Any) -> Self:
         """A dense layer in int4, with its very bias; a stack of layers, as ``nnx.vmap`` makes it, stays one.
 
         Args:
           linear: the layer, which is not changed.
-          group_size: as in :func:`jax_int4mm.quantize`, and so are the others.
-          method: see group_size.
-          symmetric: see group_size.
-          dtype: of scales, zeros and multiplied inputs.
-          inner_k_tiles: see group_size.
+          **options: group_size (128 by default), method ("rtn"), symmetric, inner_k_tiles, and dtype, that of scales,
+            zeros and multiplied inputs: as in :func:`jax_int4mm.quantize`.
 
         Raises:
           ValueError: as quantize does.
         """
-        layer = cls._empty()
-        layer._take(linear, _recipe(group_size, method, symmetric), dtype=dtype, inner_k_tiles=inner_k_tiles)
-        return layer
+        return cls._from_dense(linear, **options)
 
     @classmethod
     def from_weight(
@@ -265,10 +266,10 @@ class Int4LoRALinear(Int4Linear):
         super().__init__(in_features, out_features, rngs=rngs, **options)
         self.lora = nnx.LoRA(in_features, lora_rank, out_features, rngs=rngs)
 
-    def _take(self, linear: nnx.Linear, recipe: Recipe, name: str = "Int4LoRALinear", **options: Any) -> None:
-        super()._take(linear, recipe, name, **options)
-        if isinstance(linear, nnx.LoRALinear):
-            self.lora = linear.lora
+    def _take(self, dense: nnx.Linear, recipe: Recipe, name: str = "kernel", **options: Any) -> None:
+        super()._take(dense, recipe, name, **options)
+        if isinstance(dense, nnx.LoRALinear):
+            self.lora = dense.lora
 
     def add_lora(self, rank: int, *, rngs: nnx.Rngs, **lora_options: Any) -> Int4LoRALinear:
         """Gives the layer a new low-rank part, which is 0 at first, and returns the layer."""
@@ -287,31 +288,20 @@ class Int4LinearGeneral(_Int4Module):
     """
 
     @classmethod
-    def from_linear_general(
-        cls,
-        linear: nnx.LinearGeneral,
-        *,
-        group_size: int = 128,
-        method: str = "rtn",
-        symmetric: bool = False,
-        dtype: DTypeLike | None = None,
-        inner_k_tiles: int = 8,
-    ) -> Int4LinearGeneral:
-        """A dense layer in int4; arguments as in :meth:`Int4Linear.from_linear`."""
-        layer = cls._empty()
-        layer._take(linear, _recipe(group_size, method, symmetric), dtype=dtype, inner_k_tiles=inner_k_tiles)
-        return layer
+    def from_linear_general(cls, linear: nnx.LinearGeneral, **options: Any) -> Self:
+        """A dense layer in int4; options as in :meth:`Int4Linear.from_linear`."""
+        return cls._from_dense(linear, **options)
 
-    def _take(self, linear: nnx.LinearGeneral, recipe: Recipe, name: str = "Int4LinearGeneral", **options: Any) -> None:
-        batch = tuple(range(len(linear.batch_axis)))
-        contracted = tuple(range(len(batch), len(batch) + len(linear.in_features)))
-        shape = (*linear.batch_axis.values(), *linear.in_features, *linear.out_features)
-        weight = _quantized(linear.kernel[...], name, contracted, batch, len(shape), recipe, **options)
-        self._hold(weight, shape, contracted, batch, linear.kernel.get_metadata())
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.axis, self.batch_axis = linear.axis, linear.batch_axis
-        self.bias = nnx.data(linear.bias)
-        self.use_bias, self.dtype, self.param_dtype = linear.use_bias, linear.dtype, linear.param_dtype
+    def _take(self, dense: nnx.LinearGeneral, recipe: Recipe, name: str = "kernel", **options: Any) -> None:
+        batch = tuple(range(len(dense.batch_axis)))
+        contracted = tuple(range(len(batch), len(batch) + len(dense.in_features)))
+        shape = (*dense.batch_axis.values(), *dense.in_features, *dense.out_features)
+        weight = _quantized(dense.kernel[...], name, contracted, batch, len(shape), recipe, **options)
+        self._hold(weight, shape, contracted, batch, dense.kernel.get_metadata())
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.axis, self.batch_axis = dense.axis, dense.batch_axis
+        self.bias = nnx.data(dense.bias)
+        self.use_bias, self.dtype, self.param_dtype = dense.use_bias, dense.dtype, dense.param_dtype
 
     def __call__(self, inputs: ArrayLike, out_sharding: Any = None) -> jax.Array:
         """The product over ``axis`` of inputs: batch dimensions, those of inputs that are left, out_features."""
@@ -363,32 +353,21 @@ class Int4Einsum(_Int4Module):
             rngs=rngs,
             **einsum_options,
         )
-        self._take(dense, _recipe(group_size, method, symmetric), inner_k_tiles=inner_k_tiles)
+        self._take(dense, Recipe(method, group_size, symmetric), inner_k_tiles=inner_k_tiles)
 
     @classmethod
-    def from_einsum(
-        cls,
-        einsum: nnx.Einsum,
-        *,
-        group_size: int = 128,
-        method: str = "rtn",
-        symmetric: bool = False,
-        dtype: DTypeLike | None = None,
-        inner_k_tiles: int = 8,
-    ) -> Int4Einsum:
-        """A dense layer in int4; arguments as in :meth:`Int4Linear.from_linear`."""
-        layer = cls._empty()
-        layer._take(einsum, _recipe(group_size, method, symmetric), dtype=dtype, inner_k_tiles=inner_k_tiles)
-        return layer
+    def from_einsum(cls, einsum: nnx.Einsum, **options: Any) -> Self:
+        """A dense layer in int4; options as in :meth:`Int4Linear.from_linear`."""
+        return cls._from_dense(einsum, **options)
 
-    def _take(self, einsum: nnx.Einsum, recipe: Recipe, name: str = "Int4Einsum", **options: Any) -> None:
-        shape = tuple(einsum.kernel_shape)
-        contracted, batch = (tuple(sorted(axes)) for axes in einsum_axes(einsum.einsum_str, len(shape)))
-        weight = _quantized(einsum.kernel[...], name, contracted, batch, len(shape), recipe, **options)
-        self._hold(weight, shape, contracted, batch, einsum.kernel.get_metadata())
-        self.einsum_str, self.bias_shape = einsum.einsum_str, einsum.bias_shape
-        self.bias = nnx.data(einsum.bias)
-        self.dtype, self.param_dtype = einsum.dtype, einsum.param_dtype
+    def _take(self, dense: nnx.Einsum, recipe: Recipe, name: str = "kernel", **options: Any) -> None:
+        shape = tuple(dense.kernel_shape)
+        contracted, batch = (tuple(sorted(axes)) for axes in einsum_axes(dense.einsum_str, len(shape)))
+        weight = _quantized(dense.kernel[...], name, contracted, batch, len(shape), recipe, **options)
+        self._hold(weight, shape, contracted, batch, dense.kernel.get_metadata())
+        self.einsum_str, self.bias_shape = dense.einsum_str, dense.bias_shape
+        self.bias = nnx.data(dense.bias)
+        self.dtype, self.param_dtype = dense.dtype, dense.param_dtype
 
     def __call__(self, inputs: ArrayLike, einsum_str: str | None = None, out_sharding: Any = None) -> jax.Array:
         """The einsum of inputs and the kernel, plus the bias.
@@ -445,31 +424,20 @@ class Int4Embed(_Int4Module):
     ):
         """Makes a random ``nnx.Embed`` and quantises it; arguments as there and in :class:`Int4Linear`."""
         dense = nnx.Embed(num_embeddings, features, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **embed_options)
-        self._take(dense, _recipe(group_size, method, symmetric), inner_k_tiles=inner_k_tiles)
+        self._take(dense, Recipe(method, group_size, symmetric), inner_k_tiles=inner_k_tiles)
 
     @classmethod
-    def from_embed(
-        cls,
-        embed: nnx.Embed,
-        *,
-        group_size: int = 128,
-        method: str = "rtn",
-        symmetric: bool = False,
-        dtype: DTypeLike | None = None,
-        inner_k_tiles: int = 8,
-    ) -> Int4Embed:
-        """A dense table in int4; arguments as in :meth:`Int4Linear.from_linear`."""
-        layer = cls._empty()
-        layer._take(embed, _recipe(group_size, method, symmetric), dtype=dtype, inner_k_tiles=inner_k_tiles)
-        return layer
+    def from_embed(cls, embed: nnx.Embed, **options: Any) -> Self:
+        """A dense table in int4; options as in :meth:`Int4Linear.from_linear`."""
+        return cls._from_dense(embed, **options)
 
-    def _take(self, embed: nnx.Embed, recipe: Recipe, name: str = "Int4Embed", **options: Any) -> None:
-        shape = (embed.num_embeddings, embed.features)
+    def _take(self, dense: nnx.Embed, recipe: Recipe, name: str = "kernel", **options: Any) -> None:
+        shape = (dense.num_embeddings, dense.features)
         # Groups run along the features: attend sums over them.
-        weight = _quantized(embed.embedding[...], name, (1,), (), 2, recipe, **options)
-        self._hold(weight, shape, (1,), metadata=embed.embedding.get_metadata())
+        weight = _quantized(dense.embedding[...], name, (1,), (), 2, recipe, **options)
+        self._hold(weight, shape, (1,), metadata=dense.embedding.get_metadata())
         self.num_embeddings, self.features = shape
-        self.dtype, self.param_dtype = embed.dtype, embed.param_dtype
+        self.dtype, self.param_dtype = dense.dtype, dense.param_dtype
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Rows of the table for integers inputs [...]: [..., features]. Out of range is the nearest in range.
@@ -496,14 +464,26 @@ _REPLACEMENTS: dict[type, tuple[str, Callable[[], Any]]] = {
 }
 
 
+def _is_product(einsum: nnx.Einsum) -> bool:
+    """Whether an einsum has an equation of its own, and one that int4_einsum computes."""
+    if einsum.einsum_str is None:
+        return False
+    try:
+        einsum_axes(einsum.einsum_str, len(einsum.kernel_shape))
+    except ValueError:
+        return False
+    return True
+
+
 def quantize_model(
     model: nnx.Module, rules: Rules | None = None, *, dtype: DTypeLike | None = None, inner_k_tiles: int = 8
 ) -> tuple[Any, Report]:
     """Replaces an NNX model's dense layers by int4 ones, in place, one after the other.
 
     ``nnx.Linear``, ``LoRALinear``, ``LinearGeneral`` (so ``MultiHeadAttention``), ``Einsum`` with an equation of its
-    own, and ``Embed`` are replaced, in lists and dictionaries of modules and stacked by ``nnx.vmap`` too; a module that
-    is in the model twice remains one. Subclasses of them stay: they may compute something else.
+    own that :func:`int4_einsum` computes, and ``Embed`` are replaced, in lists and dictionaries of modules and stacked
+    by ``nnx.vmap`` too; a module that is in the model twice remains one. Subclasses of them stay: they may compute
+    something else.
 
     Args:
       model: any ``nnx.Module``.
@@ -534,7 +514,7 @@ def quantize_model(
             name = "/".join((*path, attribute))
             array = getattr(module, attribute)[...]
             recipe = rules.recipe(name, array.shape, array.dtype)
-            if recipe is None or (isinstance(module, nnx.Einsum) and module.einsum_str is None):
+            if recipe is None or (isinstance(module, nnx.Einsum) and not _is_product(module)):
                 return module
             layer = make()
             layer._take(module, recipe, name, dtype=dtype, inner_k_tiles=inner_k_tiles)

@@ -211,6 +211,10 @@ def test_a_layer_alone_and_subclasses(rng: np.random.Generator) -> None:
     assert [one.name for one in report.layers] == ["kernel"]
     scaled = Scaled(64, 32, rngs=nnx.Rngs(0))
     assert i4nnx.quantize_model(scaled, G32)[0] is scaled
+    for equation in ("ab,bb->ab", "ab,bc->abc"):
+        einsum = nnx.Einsum("ab,bc->ac", (64, 64), rngs=nnx.Rngs(0))
+        einsum.einsum_str = equation
+        assert i4nnx.quantize_model(einsum, G32)[0] is einsum
     embed, _ = i4nnx.quantize_model(nnx.Embed(40, 64, rngs=nnx.Rngs(0)), Rules(Recipe(group_size=32), embeddings=True))
     assert isinstance(embed, i4nnx.Int4Embed)
 

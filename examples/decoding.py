@@ -268,16 +268,13 @@ class Generator:
         ]
         timings = self.timings = Timings(prompt_tokens=int(lengths.sum()))
         begin = time.perf_counter()
-        prefill = self._compiled(
-            "prefill", self._prefill, (self._params, inputs, on_device, key), cache_length=cache_length
-        )
+        arguments = (self._params, inputs, on_device, key)
+        prefill, (state, _, cache) = self._compiled("prefill", self._prefill, arguments, cache_length=cache_length)
+        programs = [prefill]
         if limits:
-            state, _, cache = jax.eval_shape(
-                functools.partial(self._prefill, cache_length=cache_length), self._params, inputs, on_device, key
-            )
-            decode = self._compiled("decode", self._decode, (self._params, state, cache, key, limits[0]))
+            decode, _ = self._compiled("decode", self._decode, (self._params, state, cache, key, limits[0]))
+            programs.append(decode)
         timings.compile_seconds = time.perf_counter() - begin
-        programs = [prefill, decode] if limits else [prefill]
         timings.device_bytes = max(map(_device_bytes, programs))
 
         begin = time.perf_counter()
@@ -308,11 +305,13 @@ class Generator:
             yield tokens
         return count == 0
 
-    def _compiled(self, name: str, function: Any, arguments: Any, **static: Any) -> Any:
+    def _compiled(self, name: str, function: Any, arguments: Any, **static: Any) -> tuple[Any, Any]:
+        """A program for arguments of these shapes, and the shapes of its results."""
         leaves, structure = jax.tree.flatten(arguments[1:])
         key = (name, structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves), tuple(static.items()))
         if key not in self._programs:
-            self._programs[key] = function.lower(*arguments, **static).compile()
+            lowered = function.lower(*arguments, **static)
+            self._programs[key] = lowered.compile(), lowered.out_info
         return self._programs[key]
 
 

@@ -104,7 +104,6 @@ def test_prompts_of_one_bucket_share_a_program():
     for prompt in ([1], [1, 2, 3], [5] * 16):
         rows(generator.generate([prompt], 4))
     assert len(generator._programs) == 2
-    assert generator.timings.compile_seconds < 0.05
     rows(generator.generate([[5] * 17], 4))
     assert len(generator._programs) == 3
     assert [bucket(n) for n in (1, 16, 17, 24, 25, 33, 49, 1000)] == [16, 16, 24, 24, 32, 48, 64, 1024]

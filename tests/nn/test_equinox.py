@@ -42,7 +42,7 @@ def test_forward_and_training(rng: np.random.Generator) -> None:
     dense = eqx.nn.MLP(64, 16, 96, 2, key=jax.random.key(int(rng.integers(99))))
     model = quantized(dense)
     assert len(jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, i4.Int4Weight))) > 3
-    x, y = (jnp.asarray(rng.normal(size=(8, n)), jnp.float32) for n in (64, 16))
+    x = jnp.asarray(rng.normal(size=(8, 64)), jnp.float32)
     found = eqx.filter_jit(lambda model, x: jax.vmap(model)(x))(model, x)
     twin = eqx.tree_at(
         lambda mlp: [layer.weight for layer in mlp.layers],
@@ -52,6 +52,8 @@ def test_forward_and_training(rng: np.random.Generator) -> None:
     expected = jax.vmap(twin)(x)
     assert float(jnp.abs(found - expected).max()) < 0.03 * float(jnp.abs(expected).max())
 
+    # What other biases of the last layer would give, so that training can reach it.
+    y = found + jnp.asarray(rng.normal(size=16), jnp.float32)
     biases = jax.tree.map(lambda _: False, model)
     biases = eqx.tree_at(lambda mlp: [layer.bias for layer in mlp.layers], biases, replace_fn=lambda _: True)
     trained, frozen = eqx.partition(model, biases)
@@ -68,6 +70,6 @@ def test_forward_and_training(rng: np.random.Generator) -> None:
     for _ in range(20):
         trained, state, value = step(trained, state)
         values.append(float(value))
-    assert values[-1] < 0.8 * values[0]
+    assert values[-1] < 0.5 * values[0]
     after = eqx.combine(trained, frozen)
     np.testing.assert_array_equal(after.layers[0].weight.packed, model.layers[0].weight.packed)

@@ -251,7 +251,9 @@ def test_lora_over_a_frozen_base(wrapped: bool, rng: np.random.Generator) -> Non
         layer = nnx.LoRA(64, 4, 32, base_module=base, rngs=nnx.Rngs(1))
     else:
         layer = i4nnx.Int4LoRALinear(64, 32, lora_rank=4, group_size=32, rngs=nnx.Rngs(0))
-    x, target = normal(rng, 16, 64, dtype=jnp.float32), normal(rng, 16, 32, dtype=jnp.float32)
+    x = normal(rng, 16, 64, dtype=jnp.float32)
+    # What some low-rank part would give, so that training can reach it.
+    target = base(x) + x @ normal(rng, 64, 1, dtype=jnp.float32) @ normal(rng, 1, 32, dtype=jnp.float32)
     np.testing.assert_array_equal(layer(x), base(x))
 
     def loss(layer: Any) -> jax.Array:

@@ -152,12 +152,18 @@ def per_execution(kernels: Sequence[tuple[float, float]]) -> tuple[np.ndarray, n
 
 
 def time_in_turn(contenders: Sequence[Calls]) -> list[Timing]:
-    """Wall time of single calls, one of each contender in turn, so that a busy machine slows all of them alike."""
+    """Wall time of single calls, one of each contender in turn, so that a busy machine slows all of them alike.
+
+    Each round begins with another contender, since each finds what the one before it has left: threads asleep, caches
+    full. Those that share weights are at different ones, so that none is brought into a cache by another.
+    """
     blocking = [calls.blocking() for calls in contenders]
     samples: list[list[float]] = [[] for _ in contenders]
     for i in range(ROUNDS_TO_WARM_UP + ROUNDS):
-        for calls, us in zip(blocking, samples, strict=True):
-            call = calls[i % len(calls)]
+        for j in range(len(blocking)):
+            contender = (i + j) % len(blocking)
+            calls, us = blocking[contender], samples[contender]
+            call = calls[(i + contender * len(calls) // len(blocking)) % len(calls)]
             start = time.perf_counter()
             call()
             us.append((time.perf_counter() - start) * 1e6)

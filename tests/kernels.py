@@ -12,7 +12,7 @@ import numpy as np
 import cases
 import jax_int4mm as i4
 
-CPU_IMPLEMENTATIONS = ("avx512", "avx2", "neon", "scalar")
+CPU_IMPLEMENTATIONS = ("avx512_bf16", "avx512", "avx2", "neon", "scalar")
 CUDA_IMPLEMENTATIONS = (
     "decode",
     "decode/32x8",
@@ -73,7 +73,9 @@ class Kernel:
         return jax.devices(self.platform)[0]
 
     def takes(self, weight: cases.Weight) -> bool:
-        """Whether it is documented to take this layout."""
+        """Whether it is documented to take this layout and dtype."""
+        if self.implementation == "avx512_bf16":
+            return weight.dtype == "bfloat16"
         return weight.inner_k_tiles == 8 or not (self.implementation or "").startswith("decode")
 
     def weights(self, weight: cases.Weight) -> str:

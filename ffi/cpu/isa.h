@@ -2,9 +2,11 @@
 // the planner, which is compiled for the oldest CPU, and the kernels read the same figures.
 #pragma once
 
+#include "core/problem.h"
+
 namespace int4mm::cpu {
 
-enum class Isa { kScalar, kAvx2, kAvx512, kNeon };
+enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16, kNeon };
 
 constexpr const char* IsaName(Isa isa) {
   switch (isa) {
@@ -14,11 +16,19 @@ constexpr const char* IsaName(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     case Isa::kNeon:
       return "neon";
   }
   return "";
 }
+
+constexpr bool Is512Bits(Isa isa) { return isa == Isa::kAvx512 || isa == Isa::kAvx512Bf16; }
+constexpr bool Has32Registers(Isa isa) { return Is512Bits(isa) || isa == Isa::kNeon; }
+
+// The one whose instructions multiply pairs of bfloat16 has none for float16.
+constexpr bool Multiplies(Isa isa, DType dtype) { return isa != Isa::kAvx512Bf16 || dtype == DType::kBFloat16; }
 
 // Rows of w by tokens whose sums are in registers. Rows are 4 or 8: they divide the 8 of a packed tile.
 struct RegisterBlock {
@@ -28,18 +38,19 @@ struct RegisterBlock {
 
 // Up to this many tokens each weight goes from its table straight to the sums; with more, w is written to a panel in
 // cache first. Measured on Zen 4: where registers are few, writing the panel pays at once.
-constexpr int MaxDirectTokens(Isa isa) { return isa == Isa::kAvx512 || isa == Isa::kNeon ? 8 : 1; }
+constexpr int MaxDirectTokens(Isa isa) { return Has32Registers(isa) ? 8 : 1; }
 
 // As many tokens at a time as evenly make `tokens`, but no more than 4: their sums, tables and words fill 32 registers.
 constexpr RegisterBlock DirectBlock(Isa isa, int tokens) {
   constexpr int kMost = 4;
   const int passes = (tokens + kMost - 1) / kMost;
-  return {isa == Isa::kAvx512 && tokens == 1 ? 8 : 4, (tokens + passes - 1) / passes};
+  return {Is512Bits(isa) && tokens == 1 ? 8 : 4, (tokens + passes - 1) / passes};
 }
 
 constexpr RegisterBlock PanelBlock(Isa isa) {
   switch (isa) {
     case Isa::kAvx512:
+    case Isa::kAvx512Bf16:
     case Isa::kNeon:
       return {4, 6};  // 24 of 32 registers hold sums.
     case Isa::kAvx2:
@@ -50,9 +61,10 @@ constexpr RegisterBlock PanelBlock(Isa isa) {
   return {4, 1};  // 8 of 16 where a vector of 8 lanes is two registers.
 }
 
-// The panel: one packed tile's rows, and the values of k that it holds at a time. As f32 it is 16 KiB, half of a small
-// L1 cache. Sums are loaded and stored once a slab, which a longer slab does less often.
+// The panel: one packed tile's rows, and the lanes of k that it holds at a time: 16 KiB, half of a small L1 cache. Sums
+// are loaded and stored once a slab, which a longer slab does less often.
 inline constexpr int kPanelRows = 8;
-inline constexpr int kSlab = 512;  // A multiple of every group size and of every tile of k.
+inline constexpr int kDirectRows = 32;  // Of whose slabs the sums are kept while w goes straight to them.
+inline constexpr int kSlab = 512;  // Lanes of 32 bits; a multiple of every group size and of every tile of k.
 
 }  // namespace int4mm::cpu

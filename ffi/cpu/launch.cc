@@ -24,6 +24,8 @@ int64_t WholeLines(int64_t floats) {
 const Kernel& KernelOf(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
+    case Isa::kAvx512Bf16:
+      return kAvx512Bf16Kernel;
     case Isa::kAvx512:
       return kAvx512Kernel;
     case Isa::kAvx2:
@@ -51,6 +53,14 @@ Operands OperandsOf(const Problem& p, const Operands& all, int64_t product) {
   return one;
 }
 
+// What kAvx512Bf16 cannot multiply, on the same blocking.
+Status LaunchFullRange(const Problem& problem, const Plan& plan, const Operands& operands, ThreadPool& pool) {
+  static_assert(MaxDirectTokens(Isa::kAvx512Bf16) <= MaxDirectTokens(Isa::kAvx512));
+  Plan full_range = plan;
+  full_range.isa = Isa::kAvx512;
+  return Launch(problem, full_range, operands, pool);
+}
+
 }  // namespace
 
 Status Launch(const Problem& problem, const Plan& plan, const Operands& operands, ThreadPool& pool) {
@@ -64,9 +74,10 @@ Status Launch(const Problem& problem, const Plan& plan, const Operands& operands
   const int64_t workers = std::max(std::min(pool.num_threads(), products * tasks), int64_t{1});
 
   const int64_t rows = plan.rows_per_task;
-  const int64_t activations = WholeLines(tokens * problem.k);
-  const int64_t scratch = WholeLines(plan.panel ? PanelScratchFloats(tokens, kernel.lanes)
-                                                : DirectScratchFloats(rows, tokens, kernel.lanes));
+  const int64_t ordered_floats = WholeLines(tokens * problem.k / kernel.pack);
+  const int64_t activations = ordered_floats + WholeLines(tokens);  // With the tokens' factors.
+  const int64_t scratch =
+      WholeLines(plan.panel ? PanelScratchFloats(tokens, kernel.lanes) : DirectScratchFloats(tokens, kernel.lanes));
   const int64_t floats = (problem.shared_x ? 1 : products) * activations + workers * scratch;
   const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
   const std::unique_ptr<float, Free> buffer(
@@ -75,6 +86,7 @@ Status Launch(const Problem& problem, const Plan& plan, const Operands& operands
     return Internal() << "int4pack_mm: no memory for " << bytes
                       << " bytes of activations and dequantised weights. Split x along m, or free memory.";
   }
+  bool out_of_range = false;
   float* const first_scratch = buffer.get() + floats - workers * scratch;
 
   const int64_t step = std::max(kActivationsPerTask / problem.k, int64_t{1});
@@ -89,6 +101,8 @@ Status Launch(const Problem& problem, const Plan& plan, const Operands& operands
         args.first_token = first_token;
         args.tokens = some_tokens;
         args.x = buffer.get() + (problem.shared_x ? 0 : product * activations);
+        args.token_factors = args.x + ordered_floats;
+        args.out_of_range = &out_of_range;
         return args;
       };
       const int64_t steps = CeilDiv(some_tokens, step);
@@ -108,6 +122,7 @@ Status Launch(const Problem& problem, const Plan& plan, const Operands& operands
         const int64_t end = std::min(begin + rows, problem.n);
         (plan.panel ? kernel.panel : kernel.direct)(args, begin, end, first_scratch + worker * scratch);
       });
+      if (__atomic_load_n(&out_of_range, __ATOMIC_RELAXED)) return LaunchFullRange(problem, plan, operands, pool);
     }
   }
   return Status();

@@ -14,7 +14,6 @@ namespace int4mm::cpu {
 namespace {
 
 constexpr int64_t kProductsPerTask = 256 * 1024;  // Some ten microseconds' work: far more than taking a task costs.
-constexpr int64_t kTilesPerTask = 4;              // At least, so that whole cache lines of scales and zeros are read.
 constexpr int64_t kMaxTokensPerPass = 128;        // Bounds the scratch; dequantising again costs a few per cent.
 
 std::string Names(const std::vector<Isa>& isas) {
@@ -42,8 +41,9 @@ Plan Block(const Problem& problem, Isa isa, bool panel) {
     plan.block = DirectBlock(isa, static_cast<int>(tokens));
     plan.tokens_per_pass = tokens;
   }
-  const int64_t products_per_tile = layout::kTileN * problem.k * std::min(tokens, plan.tokens_per_pass);
-  plan.rows_per_task = layout::kTileN * std::max(kProductsPerTask / products_per_tile, panel ? 1 : kTilesPerTask);
+  const int64_t rows = panel ? kPanelRows : kDirectRows;
+  const int64_t products = rows * problem.k * std::min(tokens, plan.tokens_per_pass);
+  plan.rows_per_task = rows * std::max(kProductsPerTask / products, int64_t{1});
   return plan;
 }
 
@@ -73,6 +73,7 @@ CpuFeatures DetectCpuFeatures() {
   features.avx512bw = __builtin_cpu_supports("avx512bw");
   features.avx512dq = __builtin_cpu_supports("avx512dq");
   features.avx512vl = __builtin_cpu_supports("avx512vl");
+  features.avx512bf16 = __builtin_cpu_supports("avx512bf16");
   // Not every compiler's __builtin_cpu_supports knows F16C. Its instructions use the registers of AVX.
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   features.f16c = __builtin_cpu_supports("avx") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
@@ -85,7 +86,9 @@ CpuFeatures DetectCpuFeatures() {
 std::vector<Isa> SupportedIsas(const CpuFeatures& f) {
   std::vector<Isa> isas;
   const bool avx2 = f.avx2 && f.fma && f.f16c;
-  if (avx2 && f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl) isas.push_back(Isa::kAvx512);
+  const bool avx512 = avx2 && f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl;
+  if (avx512 && f.avx512bf16) isas.push_back(Isa::kAvx512Bf16);
+  if (avx512) isas.push_back(Isa::kAvx512);
   if (avx2) isas.push_back(Isa::kAvx2);
   if (f.neon) isas.push_back(Isa::kNeon);
   isas.push_back(Isa::kScalar);
@@ -96,7 +99,7 @@ StatusOr<Plan> MakePlan(const Problem& problem, const CpuFeatures& features, std
   if (Status status = Validate(problem); !status.ok()) return status;
 
   const std::vector<Isa> isas = SupportedIsas(features);
-  Isa isa = isas.front();
+  Isa isa = *std::find_if(isas.begin(), isas.end(), [&](Isa one) { return Multiplies(one, problem.dtype); });
   if (!implementation.empty()) {
     const std::string_view name = implementation.substr(0, implementation.find('/'));
     const auto named = std::find_if(isas.begin(), isas.end(), [&](Isa one) { return name == IsaName(one); });
@@ -106,6 +109,11 @@ StatusOr<Plan> MakePlan(const Problem& problem, const CpuFeatures& features, std
                              << ". Leave implementation=None to choose.";
     }
     isa = *named;
+    if (!Multiplies(isa, problem.dtype)) {
+      return Unimplemented() << "int4pack_mm: implementation \"" << implementation << "\" multiplies no "
+                             << DTypeName(problem.dtype) << ", which \"" << IsaName(Isa::kAvx512)
+                             << "\" does. Leave implementation=None to choose.";
+    }
     if (name.size() < implementation.size()) return PlanTile(problem, isa, implementation);
   }
   return Block(problem, isa, problem.m > MaxDirectTokens(isa));
@@ -130,6 +138,11 @@ Explanation Explain(const Problem& problem, const Plan& plan) {
     reason << "for " << MaxDirectTokens(plan.isa) << " tokens or fewer each weight goes from its group's table of 16 "
            << "straight to the sums, which are " << plan.block.rows << " rows by " << plan.block.tokens
            << " tokens in registers";
+  }
+  if (plan.isa == Isa::kAvx512Bf16) {
+    reason
+        << "; where a scale, a zero or an activation is so far from the others that the CPU's bfloat16 products would "
+        << "flush it to zero, " << IsaName(Isa::kAvx512) << " multiplies instead";
   }
   e.reason = reason.str();
   return e;

@@ -23,6 +23,7 @@ struct CpuFeatures {
   bool avx512bw = false;
   bool avx512dq = false;
   bool avx512vl = false;
+  bool avx512bf16 = false;
   bool neon = false;
 };
 

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -338,6 +339,12 @@ void ExpectClose(Case& c, Isa isa, const std::vector<uint16_t>& y, const std::ve
   }
 }
 
+std::vector<Isa> Those(const std::vector<Isa>& isas, DType dtype) {
+  std::vector<Isa> found;
+  std::copy_if(isas.begin(), isas.end(), std::back_inserter(found), [&](Isa isa) { return Multiplies(isa, dtype); });
+  return found;
+}
+
 std::vector<Problem> Grid() {
   std::vector<Problem> problems;
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
@@ -353,28 +360,35 @@ std::vector<Problem> Grid() {
   return problems;
 }
 
+// y before it is rounded, and the sums of the sizes of its products.
+std::pair<std::vector<double>, std::vector<double>> Sums(Case& c) {
+  const Problem& p = c.problem;
+  std::vector<double> exact(static_cast<size_t>(p.m * p.n));
+  std::vector<double> magnitude(exact.size());
+  std::vector<double> x(static_cast<size_t>(p.k));
+  for (int64_t m = 0; m < p.m; ++m) {
+    for (int64_t k = 0; k < p.k; ++k) x[static_cast<size_t>(k)] = Decode(p.dtype, c.x[m * p.k + k]);
+    for (int64_t n = 0; n < p.n; ++n) {
+      const double* w = &c.weights[static_cast<size_t>(n * p.k)];
+      double sum = 0;
+      double sum_magnitude = 0;
+      for (size_t k = 0; k < x.size(); ++k) {
+        sum += w[k] * x[k];
+        sum_magnitude += std::fabs(w[k] * x[k]);
+      }
+      exact[static_cast<size_t>(m * p.n + n)] = sum;
+      magnitude[static_cast<size_t>(m * p.n + n)] = sum_magnitude;
+    }
+  }
+  return {exact, magnitude};
+}
+
 void TestProducts(const std::vector<Isa>& isas, std::mt19937_64& random) {
   for (const Problem& p : Grid()) {
     Case c(p);
     Fill(c, Scales::kOrdinary, random);
-    std::vector<double> exact(static_cast<size_t>(p.m * p.n));
-    std::vector<double> magnitude(exact.size());
-    std::vector<double> x(static_cast<size_t>(p.k));
-    for (int64_t m = 0; m < p.m; ++m) {
-      for (int64_t k = 0; k < p.k; ++k) x[static_cast<size_t>(k)] = Decode(p.dtype, c.x[m * p.k + k]);
-      for (int64_t n = 0; n < p.n; ++n) {
-        const double* w = &c.weights[static_cast<size_t>(n * p.k)];
-        double sum = 0;
-        double sum_magnitude = 0;
-        for (size_t k = 0; k < x.size(); ++k) {
-          sum += w[k] * x[k];
-          sum_magnitude += std::fabs(w[k] * x[k]);
-        }
-        exact[static_cast<size_t>(m * p.n + n)] = sum;
-        magnitude[static_cast<size_t>(m * p.n + n)] = sum_magnitude;
-      }
-    }
-    for (const Isa isa : isas) {
+    const auto [exact, magnitude] = Sums(c);
+    for (const Isa isa : Those(isas, p.dtype)) {
       const std::vector<uint16_t> y = Run(c, isa, p.m, 1);
       ExpectClose(c, isa, y, exact, magnitude);
       ExpectSums(c, isa, RunFloat32(c, isa, p.m, 2), y, exact, magnitude);
@@ -390,7 +404,8 @@ void TestProducts(const std::vector<Isa>& isas, std::mt19937_64& random) {
 
 // A batch is, in every bit, its products one by one.
 template <typename Bits>
-void TestBatch(const std::vector<Isa>& isas, const Problem& batch, std::mt19937_64& random) {
+void TestBatch(const std::vector<Isa>& all_isas, const Problem& batch, std::mt19937_64& random) {
+  const std::vector<Isa> isas = Those(all_isas, batch.dtype);
   Case all(batch);
   Problem one = batch;
   one.batch = 1;
@@ -457,7 +472,7 @@ void TestWeights(const std::vector<Isa>& isas, std::mt19937_64& random) {
       for (int64_t m = 0; m < p.m; ++m) {
         for (int64_t k = 0; k < p.k; ++k) c.x[m * p.k + k] = Encode(p.dtype, m == k ? 1 : 0);
       }
-      for (const Isa isa : isas) {
+      for (const Isa isa : Those(isas, p.dtype)) {
         const std::vector<uint16_t> y = Run(c, isa, p.m, 3);
         int64_t wrong = 0;
         for (int64_t k = 0; k < p.k; ++k) {
@@ -542,7 +557,7 @@ void TestNonFinite(const std::vector<Isa>& isas, std::mt19937_64& random) {
       c.scales_and_zeros[2 * n + 1] = 0;
     }
     Pack(c);
-    for (const Isa isa : isas) {
+    for (const Isa isa : Those(isas, dtype)) {
       for (const int64_t m : {4, 6}) {
         const std::vector<uint16_t> y = Run(c, isa, m, 1);
         for (int64_t row = 0; row < m; ++row) {
@@ -558,6 +573,100 @@ void TestNonFinite(const std::vector<Isa>& isas, std::mt19937_64& random) {
     }
   }
 }
+
+// Tokens of every size, of values that are far apart, of zeros and of subnormals.
+void TestRangesOfActivations(const std::vector<Isa>& isas, std::mt19937_64& random) {
+  const auto power = [&](int least, int most) {
+    return std::ldexp(1.0, std::uniform_int_distribution<int>(least, most)(random));
+  };
+  std::normal_distribution<double> normal;
+  for (const int64_t m : {4, 40}) {
+    Case c(Problem{m, 16, 2304, 128, 8, DType::kBFloat16});
+    Fill(c, Scales::kOrdinary, random);
+    for (int64_t token = 0; token < m; ++token) {
+      const double size = power(-130, 110);
+      // Some with neighbours that are 2^-140 of each other, which is more than the products of pairs can keep.
+      const int spread = std::uniform_int_distribution<int>(0, 3)(random) * 47;
+      for (int64_t k = 0; k < c.problem.k; ++k) {
+        const double value = token % 7 == 3 ? 0 : normal(random) * size * power(-spread, 0);
+        c.x[token * c.problem.k + k] = Encode(DType::kBFloat16, Round(DType::kBFloat16, value));
+      }
+    }
+    const auto [exact, magnitude] = Sums(c);
+    for (const Isa isa : isas) ExpectClose(c, isa, Run(c, isa, m, 2), exact, magnitude);
+  }
+}
+
+#if defined(__x86_64__)
+// The kernel of bfloat16 pairs says what it cannot multiply, and no more: the launcher would quietly run another.
+void TestRangeOfPairs(const std::vector<Isa>& isas, std::mt19937_64& random) {
+  if (std::find(isas.begin(), isas.end(), Isa::kAvx512Bf16) == isas.end()) return;
+  const auto refuses = [](Case& c) {
+    const Problem& p = c.problem;
+    bool out_of_range = false;
+    float factor;
+    std::vector<uint16_t> y(static_cast<size_t>(p.n));
+    const std::unique_ptr<float, void (*)(void*)> x(
+        static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(p.k) * sizeof(float))), std::free);
+    const size_t floats = static_cast<size_t>(PanelScratchFloats(1, kAvx512Bf16Kernel.lanes));
+    const std::unique_ptr<float, void (*)(void*)> scratch(
+        static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))), std::free);
+    MatmulArgs args;
+    args.problem = p;
+    args.operands = c.operands();
+    args.operands.y = y.data();
+    args.tokens = 1;
+    args.x = x.get();
+    args.token_factors = &factor;
+    args.out_of_range = &out_of_range;
+    kAvx512Bf16Kernel.order_activations(args, 0);
+    const bool x_out_of_range = out_of_range;
+    kAvx512Bf16Kernel.direct(args, 0, p.n, scratch.get());
+    const bool direct = out_of_range;
+    out_of_range = x_out_of_range;
+    kAvx512Bf16Kernel.panel(args, 0, p.n, scratch.get());
+    EXPECT(direct == out_of_range);
+    return direct;
+  };
+  const auto with_x = [&](double one, double other) {
+    Case c(Problem{1, 16, 1280, 64, 8, DType::kBFloat16});
+    Fill(c, Scales::kOrdinary, random);
+    std::fill(c.x.begin(), c.x.end(), Encode(DType::kBFloat16, one));
+    c.x[static_cast<int64_t>(random() % 1280)] = Encode(DType::kBFloat16, other);
+    return refuses(c);
+  };
+  const auto with_pair = [&](double scale, double zero) {
+    Case c(Problem{1, 16, 1280, 64, 8, DType::kBFloat16});
+    Fill(c, Scales::kOrdinary, random);
+    const int64_t pair = static_cast<int64_t>(random() % (16 * 20));
+    c.scales_and_zeros[2 * pair] = Encode(DType::kBFloat16, scale);
+    c.scales_and_zeros[2 * pair + 1] = Encode(DType::kBFloat16, zero);
+    return refuses(c);
+  };
+  for (const double size : {0x1p-126, 0x1p-50, 1.0, 0x1p50, 0x1p127}) {
+    EXPECT(!with_x(size, size)) << size;
+    EXPECT(!with_x(size, 0)) << size;
+    EXPECT(!with_x(0, -size)) << size;
+  }
+  EXPECT(!with_x(0, 0));
+  EXPECT(!with_x(1, 0x1p-126));
+  EXPECT(!with_x(0x1p14, 0x1p-126));
+  EXPECT(with_x(0x1p15, 0x1p-126));
+  EXPECT(!with_x(0x1p70, 0x1p-70));
+  EXPECT(with_x(0x1p70, 0x1p-71));
+  EXPECT(!with_x(0x1p-120, 0x1p-133));  // Subnormal.
+  EXPECT(with_x(0x1p20, 0x1p-133));
+  EXPECT(with_x(1, INFINITY));
+  EXPECT(with_x(1, NAN));
+  EXPECT(!with_pair(0, 0));
+  EXPECT(!with_pair(0x1p-30, -0x1p-30));
+  EXPECT(!with_pair(-0x1.FEp25, 0x1.FEp25));
+  for (const double outside : {0x1.FEp-31, -0x1p-133, 0x1p26, -0x1p100, static_cast<double>(INFINITY)}) {
+    EXPECT(with_pair(outside, 0)) << outside;
+    EXPECT(with_pair(0, outside)) << outside;
+  }
+}
+#endif
 
 // The last tile of arrays of more than 2^32 bytes and elements; only the pages that are touched exist.
 void TestLargeOffsets(std::mt19937_64& random) {
@@ -605,7 +714,7 @@ void TestLargeOffsets(std::mt19937_64& random) {
 int Main() {
   std::mt19937_64 random(test::Seed());
   const std::vector<Isa> isas = SupportedIsas(DetectCpuFeatures());
-  for (const Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kNeon, Isa::kScalar}) {
+  for (const Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kNeon, Isa::kScalar}) {
     const bool runs = std::find(isas.begin(), isas.end(), isa) != isas.end();
     std::cout << (runs ? "testing " : "SKIPPED ") << IsaName(isa) << (runs ? "\n" : ": this CPU does not have it\n");
   }
@@ -616,6 +725,10 @@ int Main() {
   TestEmptyBatch(isas);
   TestFlushToZero(isas, random);
   TestNonFinite(isas, random);
+  TestRangesOfActivations(isas, random);
+#if defined(__x86_64__)
+  TestRangeOfPairs(isas, random);
+#endif
   TestLargeOffsets(random);
   return test::Result();
 }

@@ -23,6 +23,12 @@ CpuFeatures Avx512Cpu() {
   return features;
 }
 
+CpuFeatures Avx512Bf16Cpu() {
+  CpuFeatures features = Avx512Cpu();
+  features.avx512bf16 = true;
+  return features;
+}
+
 CpuFeatures NeonCpu() {
   CpuFeatures features;
   features.neon = true;
@@ -36,6 +42,8 @@ Problem WithM(int64_t m) {
 }
 
 void TestSupportedIsas() {
+  EXPECT(
+      (SupportedIsas(Avx512Bf16Cpu()) == std::vector<Isa>{Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kScalar}));
   EXPECT((SupportedIsas(Avx512Cpu()) == std::vector<Isa>{Isa::kAvx512, Isa::kAvx2, Isa::kScalar}));
   EXPECT((SupportedIsas(Avx2Cpu()) == std::vector<Isa>{Isa::kAvx2, Isa::kScalar}));
   EXPECT((SupportedIsas(NeonCpu()) == std::vector<Isa>{Isa::kNeon, Isa::kScalar}));
@@ -46,7 +54,7 @@ void TestSupportedIsas() {
 void TestEveryFeatureIsNeeded() {
   for (bool CpuFeatures::* feature :
        {&CpuFeatures::avx512f, &CpuFeatures::avx512bw, &CpuFeatures::avx512dq, &CpuFeatures::avx512vl}) {
-    CpuFeatures features = Avx512Cpu();
+    CpuFeatures features = Avx512Bf16Cpu();
     features.*feature = false;
     EXPECT((SupportedIsas(features) == std::vector<Isa>{Isa::kAvx2, Isa::kScalar}));
   }
@@ -67,7 +75,11 @@ void TestChoosesTheBest() {
   const struct {
     CpuFeatures features;
     Isa isa;
-  } machines[] = {{Avx512Cpu(), Isa::kAvx512}, {Avx2Cpu(), Isa::kAvx2}, {NeonCpu(), Isa::kNeon}, {{}, Isa::kScalar}};
+  } machines[] = {{Avx512Bf16Cpu(), Isa::kAvx512Bf16},
+                  {Avx512Cpu(), Isa::kAvx512},
+                  {Avx2Cpu(), Isa::kAvx2},
+                  {NeonCpu(), Isa::kNeon},
+                  {{}, Isa::kScalar}};
   for (const auto& machine : machines) {
     const StatusOr<Plan> plan = MakePlan(kProblem, machine.features, "");
     EXPECT(plan.ok()) << plan.status().message();
@@ -75,10 +87,23 @@ void TestChoosesTheBest() {
   }
 }
 
+// Pairs of float16 have no instruction: the next best multiplies them.
+void TestChoosesByDtype() {
+  Problem problem = kProblem;
+  problem.dtype = DType::kFloat16;
+  const StatusOr<Plan> plan = MakePlan(problem, Avx512Bf16Cpu(), "");
+  EXPECT(plan.ok() && plan->isa == Isa::kAvx512) << plan.status().message();
+  const StatusOr<Plan> named = MakePlan(problem, Avx512Bf16Cpu(), "avx512_bf16");
+  EXPECT(named.status().code() == StatusCode::kUnimplemented);
+  EXPECT(named.status().message().find("\"avx512_bf16\" multiplies no float16, which \"avx512\" does") !=
+         std::string::npos)
+      << named.status().message();
+}
+
 void TestTakesTheNamedOne() {
-  for (const Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kScalar}) {
+  for (const Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kScalar}) {
     for (const int64_t m : {int64_t{1}, int64_t{64}, kUnknownM}) {
-      const StatusOr<Plan> plan = MakePlan(WithM(m), Avx512Cpu(), IsaName(isa));
+      const StatusOr<Plan> plan = MakePlan(WithM(m), Avx512Bf16Cpu(), IsaName(isa));
       EXPECT(plan.ok()) << plan.status().message();
       EXPECT(plan->isa == isa) << IsaName(plan->isa);
     }
@@ -142,7 +167,7 @@ void TestNamedTiles() {
 
 // What the launcher relies on.
 void TestBlocking() {
-  for (const CpuFeatures& features : {Avx512Cpu(), Avx2Cpu(), NeonCpu(), CpuFeatures()}) {
+  for (const CpuFeatures& features : {Avx512Bf16Cpu(), Avx512Cpu(), Avx2Cpu(), NeonCpu(), CpuFeatures()}) {
     for (const int64_t m : {1, 2, 4, 5, 6, 7, 127, 128, 129, 1000, 4096}) {
       for (const int64_t k : {256, 4096, 1 << 20}) {
         Problem problem = WithM(m);
@@ -197,6 +222,7 @@ int main() {
   TestEveryFeatureIsNeeded();
   TestThisMachine();
   TestChoosesTheBest();
+  TestChoosesByDtype();
   TestTakesTheNamedOne();
   TestRefusesWhatCannotRun();
   TestRefusesABadProblem();

@@ -10,6 +10,8 @@ namespace {
 struct Avx2 {
   static constexpr Isa kIsa = Isa::kAvx2;
   static constexpr int kLanes = 8;
+  static constexpr int kPack = 1;
+  struct PairRange {};
   using Float = __m256;
   using Words = __m256i;
   struct Table {

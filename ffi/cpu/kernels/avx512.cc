@@ -1,35 +1,21 @@
 // 16 lanes; one vpermps looks up 16 weights. Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c.
-#include <immintrin.h>
+#include "cpu/kernels/avx512.h"
 
 #include "cpu/kernels/matmul.h"
-#include "cpu/kernels/x86.h"
 
 namespace int4mm::cpu {
 namespace {
 
-struct Avx512 {
+struct Avx512 : Avx512Base {
   static constexpr Isa kIsa = Isa::kAvx512;
-  static constexpr int kLanes = 16;
-  using Float = __m512;
-  using Words = __m512i;
+  static constexpr int kPack = 1;
+  struct PairRange {};
   using Table = __m512;
 
-  static Float Zero() { return _mm512_setzero_ps(); }
-  static Float Load(const float* p) { return _mm512_loadu_ps(p); }
-  static void Store(float* p, Float v) { _mm512_storeu_ps(p, v); }
   static Float MultiplyAdd(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
-  static float Sum(Float v) { return _mm512_reduce_add_ps(v); }
-
   static Table LoadTable(const float* table) { return _mm512_load_ps(table); }
   static Float Lookup(Table table, Words words) { return _mm512_permutexvar_ps(words, table); }
   static Words NextNibble(Words words) { return _mm512_srli_epi32(words, 4); }
-
-  static __m128i Load4(const uint32_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-  static __m256i Load8(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static __m256i Join(__m128i low, __m128i high) {
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-  }
-  static __m512i Join(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
 
   template <class O>
   static void LoadUnit(const uint32_t* row, int part, Words* words) {
@@ -61,26 +47,8 @@ struct Avx512 {
   }
 
   template <DType dtype>
-  static Float Widen(const uint16_t* p) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    if constexpr (dtype == DType::kFloat16) return _mm512_cvtph_ps(bits);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-  }
-
-  template <DType dtype>
-  static uint16_t Narrow(float value) {
-    return x86::Narrow<dtype>(value);
-  }
-
-  template <DType dtype>
-  static unsigned LoadPairs(const uint16_t* scales_and_zeros, float* scales, float* zeros) {
-    return x86::LoadPairs<dtype>(scales_and_zeros, scales, zeros);
-  }
-
-  template <DType dtype>
   static Table MakeTable(float scale, float zero) {
-    const __m512 q = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    const __m512 sum = _mm512_fmadd_ps(q, _mm512_set1_ps(scale), _mm512_set1_ps(zero));
+    const __m512 sum = Weights(scale, zero);
     if constexpr (dtype == DType::kFloat16) {
       return _mm512_cvtph_ps(_mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT));
     } else {

@@ -9,34 +9,42 @@
 namespace int4mm::cpu {
 
 // Some tokens of one product; the operands are its own, and the problem's batch means nothing. `x` holds their
-// activations as f32 in the order of kernels/order.h, in slabs: [k / kSlab][tokens][kSlab], the last slab as long as
-// what is left of k.
+// activations in the order of kernels/order.h, `pack` of them in each lane of 32 bits, in slabs of kSlab lanes:
+// [lanes of k / kSlab][tokens][kSlab], the last slab as long as what is left of k.
+//
+// Where pack is 2, the instructions flush subnormals. Each token is multiplied by a power of two that keeps its
+// products from being subnormal, and the sums are multiplied by `token_factors`, its inverse. What that cannot save, a
+// token of very different values, or a scale or zero far from 1, sets *out_of_range, and y is then void.
 struct MatmulArgs {
   Problem problem;
   Operands operands;
   int64_t first_token = 0;
   int64_t tokens = 0;
   float* x = nullptr;
+  float* token_factors = nullptr;  // [tokens]
+  bool* out_of_range = nullptr;    // Set by several threads at once.
 };
 
 struct Kernel {
-  // Fills args.x for one token of 0 .. args.tokens-1.
+  // Fills args.x and args.token_factors for one token of 0 .. args.tokens-1.
   void (*order_activations)(const MatmulArgs& args, int64_t token);
   // y for rows [row_begin, row_end), both multiples of 8, and at most MaxDirectTokens tokens.
   void (*direct)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
   // y for rows [row_begin, row_end), both multiples of 8, and any number of tokens.
   void (*panel)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
   int lanes;  // f32 values in one vector.
+  int pack;   // Activations in one lane of x.
 };
 
 // The size of `scratch`, which is aligned to a cache line, contents undefined: the sums, one vector each, and for the
 // panel kernel a panel.
-constexpr int64_t DirectScratchFloats(int64_t rows, int64_t tokens, int lanes) { return rows * tokens * lanes; }
+constexpr int64_t DirectScratchFloats(int64_t tokens, int lanes) { return kDirectRows * tokens * lanes; }
 constexpr int64_t PanelScratchFloats(int64_t tokens, int lanes) { return kPanelRows * (kSlab + tokens * lanes); }
 
 extern const Kernel kScalarKernel;
 extern const Kernel kAvx2Kernel;
 extern const Kernel kAvx512Kernel;
+extern const Kernel kAvx512Bf16Kernel;
 extern const Kernel kNeonKernel;
 
 }  // namespace int4mm::cpu

@@ -5,15 +5,25 @@
 //
 // S provides, with L = kLanes:
 //   kIsa, kLanes, Float (L x f32), Words (L x u32), Table (16 weights)
-//   Float Zero(), Load(const float*), MultiplyAdd(a, b, c) = a * b + c; void Store(float*, Float); float Sum(Float)
-//   Table LoadTable(const float*); Float Lookup(Table, Words): table[low nibble of each lane]
-//   Words NextNibble(Words): each lane shifted right by 4
+//   kPack: weights or activations in one lane. 1: each is an f32. 2: both are of 16 bits, and Float holds 2 * L of them
+//   Float Zero(), Load(const float*), MultiplyAdd(a, b, c) = a * b + c, of a and b with kPack values in each lane,
+//   whose
+//     products are added; void Store(float*, Float); float Sum(Float)
+//   Table LoadTable(const float*); Float Lookup(Table, Words): table[low nibble of each 1/kPack of a lane]
+//   Words NextNibble(Words): each 1/kPack of a lane shifted right by 4
 //   void LoadUnit<Order>(const uint32_t* row, int part, Words*): the words of one row of one unit, in Order's order.
 //     `row` is the row's first word in the unit's tile; the unit is the part-th of the tile, if it is less than one
 //   Float Widen<dtype>(const uint16_t*); uint16_t Narrow<dtype>(float)
 //   unsigned LoadPairs<dtype>(const uint16_t* scales_and_zeros, float* scales, float* zeros): of four rows; a mask of
 //     those that need ExactTable
 //   Table MakeTable<dtype>(float scale, float zero): fast, as kernels/exact_table.h tells
+// and where kPack is 2
+//   PairRange: what the scales and zeros are that it has been given, by Add<rows>(const uint16_t* scales_and_zeros);
+//     bool Exceeded(): whether one of them is out of range
+//   void FindRange(const uint16_t* x, int64_t k, unsigned* least, unsigned* most): of the sizes of what is not zero;
+//   all
+//     zero: least > most
+//   void Scale(const uint16_t* x, float factor, uint16_t* out): of L activations
 //
 // Each y[m][n] is the sum over k, in the kernel's order, in the L lanes of one f32 vector, whose lanes are added at the
 // end, rounded unless y is f32; the blocking, the number of tokens and the number of threads do not change a bit of it.
@@ -41,30 +51,40 @@ struct Matmul {
 
   static constexpr int64_t kWordsPerK = kTileRows / layout::kNibblesPerWord;  // Of one tile's rows.
 
-  static int64_t SlabLength(int64_t k, int64_t slab_begin) { return k - slab_begin < kSlab ? k - slab_begin : kSlab; }
+  static constexpr int kPack = S::kPack;
+  static constexpr int kSlabK = kSlab * kPack;
+
+  static int64_t SlabLength(int64_t k, int64_t slab_begin) { return k - slab_begin < kSlabK ? k - slab_begin : kSlabK; }
 
   // The scales and zeros of kRows neighbouring rows in the groups of one slab.
   template <class O, int kRows>
   struct SlabPairs {
-    static constexpr int kGroups = kSlab / O::kUnit;
+    static constexpr int kGroups = kSlabK / O::kUnit;
     float scales[kGroups][kRows];
     float zeros[kGroups][kRows];
     unsigned suspects[kGroups];  // A mask of the rows for which S::MakeTable may be wrong.
 
-    // Of the slab that begins with k = `slab`, and of rows n .. n + kRows - 1.
+    // Of the slab that begins with k = `slab`, and of rows n .. n + kRows - 1. Asks for those of the next slab, or for
+    // the first ones of the rows that are `next_rows` further.
     template <DType dtype>
-    void Load(const MatmulArgs& args, int64_t n, int64_t slab, int64_t length) {
+    void Load(const MatmulArgs& args, int64_t n, int64_t slab, int64_t length, int64_t next_rows) {
       static_assert(kRows % 4 == 0);
       const Problem& p = args.problem;
       const uint16_t* pairs = args.operands.scales_and_zeros + layout::ScaleIndex(slab / p.group_size, n, p.n);
-      const int64_t next_slab = slab + kSlab < p.k ? kSlab / p.group_size * 2 * p.n : 0;
+      const int64_t next =
+          2 * (slab + kSlabK < p.k ? kSlabK / p.group_size * p.n : next_rows - slab / p.group_size * p.n);
+      [[maybe_unused]] typename S::PairRange range;
       for (int64_t group = 0; group < length / p.group_size; ++group, pairs += 2 * p.n) {
-        __builtin_prefetch(pairs + next_slab);
+        __builtin_prefetch(pairs + next);
         suspects[group] = 0;
         for (int row = 0; row < kRows; row += 4) {
           suspects[group] |= S::template LoadPairs<dtype>(pairs + 2 * row, scales[group] + row, zeros[group] + row)
                              << row;
         }
+        if constexpr (kPack == 2) range.template Add<kRows>(pairs);
+      }
+      if constexpr (kPack == 2) {
+        if (__builtin_expect(range.Exceeded(), 0)) __atomic_store_n(args.out_of_range, true, __ATOMIC_RELAXED);
       }
     }
 
@@ -98,9 +118,85 @@ struct Matmul {
     return static_cast<int>(p.group_size == 256 ? k_in_slab / 256 : k_in_slab / O::kUnit);
   }
 
+  // The power of two by which a token is multiplied, so that its largest value is near 2^kMostExponent. Neither
+  // products nor sums of them are then subnormal, since they are multiples of the product of the units in the last
+  // place of the smallest activation, of 2^kLeastExponent or more, and of the smallest scale or zero that is in range;
+  // nor do they overflow, of 2^20 values of k.
+  static constexpr int kMostExponent = 70;
+  static constexpr int kLeastExponent = -70;
+  static float TokenFactor(const MatmulArgs& args, int64_t token) {
+    const int64_t k = args.problem.k;
+    unsigned least;
+    unsigned most;
+    S::FindRange(args.operands.x + (args.first_token + token) * k, k, &least, &most);
+    int exponent = 0;
+    if (least <= most) {
+      constexpr int kBias = 127;
+      const int wanted = kMostExponent - (static_cast<int>(most >> 7) - kBias);
+      constexpr int kLargest = 120;  // A token of subnormals is near 1 by that.
+      exponent = wanted < kLargest ? wanted : kLargest;
+      const int smallest = static_cast<int>(least >> 7) - kBias;
+      const bool finite = most < 0x7F80;
+      // A subnormal that would be too small is as a normal value that is larger than it: counted by its last place.
+      const bool kept = least >= 0x80 ? smallest + exponent >= kLeastExponent : exponent - kBias - 6 >= kLeastExponent;
+      if (!finite || !kept) {
+        __atomic_store_n(args.out_of_range, true, __ATOMIC_RELAXED);
+        exponent = 0;
+      }
+    }
+    args.token_factors[token] = PowerOfTwo(-exponent);
+    return PowerOfTwo(exponent);
+  }
+
+  // Of an exponent of -126 .. 127.
+  static float PowerOfTwo(int exponent) {
+    const uint32_t bits = static_cast<uint32_t>(exponent + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof(power));
+    return power;
+  }
+
+  // The order of the weights' pairs in one token of x, scaled.
+  template <class O>
+  static void OrderPairs(const MatmulArgs& args, int64_t token) {
+    constexpr int kUnit = O::kUnit;
+    constexpr int kPairs = kUnit / 2;
+    struct Positions {
+      uint8_t pair[kPairs];
+    };
+    constexpr Positions positions = [] {
+      Positions p{};
+      for (int i = 0; i < kPairs; ++i) p.pair[i] = static_cast<uint8_t>(O::K(2 * i) / 2);
+      return p;
+    }();
+    const int64_t k = args.problem.k;
+    const uint16_t* source = args.operands.x + (args.first_token + token) * k;
+    const float factor = TokenFactor(args, token);
+    alignas(64) uint16_t scaled[kUnit];
+    alignas(64) float pairs[kPairs];
+    for (int64_t slab = 0; slab < k; slab += kSlabK) {
+      const int64_t length = SlabLength(k, slab);
+      float* out = args.x + (slab * args.tokens + token * length) / 2;
+      for (int64_t unit = 0; unit < length; unit += kUnit, source += kUnit, out += kPairs) {
+        for (int i = 0; i < kUnit; i += kLanes) S::Scale(source + i, factor, scaled + i);
+        std::memcpy(pairs, scaled, sizeof(pairs));
+        for (int i = 0; i < kPairs; ++i) std::memcpy(out + i, pairs + positions.pair[i], sizeof(float));
+      }
+    }
+  }
+
   // Widens one token of x and puts each unit of it into the order of the weights.
   template <DType dtype, class O>
   static void OrderActivations(const MatmulArgs& args, int64_t token) {
+    if constexpr (kPack == 2) {
+      OrderPairs<O>(args, token);
+    } else {
+      OrderWidened<dtype, O>(args, token);
+    }
+  }
+
+  template <DType dtype, class O>
+  static void OrderWidened(const MatmulArgs& args, int64_t token) {
     constexpr int kUnit = O::kUnit;
     struct Positions {
       uint8_t k[kUnit];
@@ -113,7 +209,7 @@ struct Matmul {
     const int64_t k = args.problem.k;
     const uint16_t* source = args.operands.x + (args.first_token + token) * k;
     alignas(64) float widened[kUnit];
-    for (int64_t slab = 0; slab < k; slab += kSlab) {
+    for (int64_t slab = 0; slab < k; slab += kSlabK) {
       const int64_t length = SlabLength(k, slab);
       float* out = args.x + slab * args.tokens + token * length;
       for (int64_t unit = 0; unit < length; unit += kUnit, source += kUnit, out += kUnit) {
@@ -123,28 +219,31 @@ struct Matmul {
     }
   }
 
-  // Few tokens: each weight goes from the table to the sums. Slab by slab for all rows of the task, so that the slab of
-  // x stays in the first cache, and whole cache lines of scales and zeros, which lie 4 * n bytes apart, are used at
-  // once.
+  // Few tokens: each weight goes from the table to the sums. Slab by slab for kDirectRows rows, so that whole cache
+  // lines of scales and zeros are used at once: they lie 4 * n bytes apart, often in the same set of a cache, which
+  // keeps few.
   template <DType dtype, class O>
   static void Direct(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
     constexpr int kMostTokens = DirectBlock(S::kIsa, MaxDirectTokens(S::kIsa)).tokens;
     const Problem& p = args.problem;
     const int64_t block = DirectBlock(S::kIsa, static_cast<int>(args.tokens)).tokens;
-    for (int64_t slab = 0; slab < p.k; slab += kSlab) {
-      float* sums = scratch;  // [tile][token][kTileRows][kLanes]
-      for (int64_t tile = row_begin; tile < row_end; tile += kTileRows) {
-        for (int64_t token = 0; token < args.tokens; token += block) {
-          const int64_t tokens = args.tokens - token < block ? args.tokens - token : block;
-          DirectAtMost<dtype, O, kMostTokens>(tokens, args, tile, slab, token, sums);
-          sums += tokens * kTileRows * kLanes;
+    for (int64_t begin = row_begin; begin < row_end; begin += kDirectRows) {
+      const int64_t end = row_end - begin < kDirectRows ? row_end : begin + kDirectRows;
+      for (int64_t slab = 0; slab < p.k; slab += kSlabK) {
+        float* sums = scratch;  // [tile][token][kTileRows][kLanes]
+        for (int64_t tile = begin; tile < end; tile += kTileRows) {
+          for (int64_t token = 0; token < args.tokens; token += block) {
+            const int64_t tokens = args.tokens - token < block ? args.tokens - token : block;
+            DirectAtMost<dtype, O, kMostTokens>(tokens, args, tile, slab, token, sums);
+            sums += tokens * kTileRows * kLanes;
+          }
         }
       }
-    }
-    const float* sums = scratch;
-    for (int64_t tile = row_begin; tile < row_end; tile += kTileRows) {
-      for (int64_t token = 0; token < args.tokens; ++token, sums += kTileRows * kLanes) {
-        StoreSums<dtype>(args, tile, token, sums, kLanes);
+      const float* sums = scratch;
+      for (int64_t tile = begin; tile < end; tile += kTileRows) {
+        for (int64_t token = 0; token < args.tokens; ++token, sums += kTileRows * kLanes) {
+          StoreSums<dtype>(args, tile, token, sums, kLanes);
+        }
       }
     }
   }
@@ -155,11 +254,17 @@ struct Matmul {
     const int64_t first = (args.first_token + token) * args.problem.n + tile;
     if (args.problem.float32_result) {
       float* y = static_cast<float*>(args.operands.y) + first;
-      for (int r = 0; r < kTileRows; ++r) y[r] = S::Sum(S::Load(sums + r * stride));
+      for (int r = 0; r < kTileRows; ++r) y[r] = Product(args, token, sums + r * stride);
     } else {
       uint16_t* y = static_cast<uint16_t*>(args.operands.y) + first;
-      for (int r = 0; r < kTileRows; ++r) y[r] = S::template Narrow<dtype>(S::Sum(S::Load(sums + r * stride)));
+      for (int r = 0; r < kTileRows; ++r) y[r] = S::template Narrow<dtype>(Product(args, token, sums + r * stride));
     }
+  }
+
+  static float Product(const MatmulArgs& args, int64_t token, const float* sums) {
+    const float sum = S::Sum(S::Load(sums));
+    if constexpr (kPack == 2) return sum * args.token_factors[token];
+    return sum;
   }
 
   template <DType dtype, class O, int kTokens>
@@ -169,11 +274,18 @@ struct Matmul {
     if constexpr (kTokens > 1) DirectAtMost<dtype, O, kTokens - 1>(tokens, args, tile, slab, token, sums);
   }
 
-  // Asks for the words of a tile's rows in one unit: of slabs of 2 KiB the hardware makes no stream.
+  // Asks for the words of a tile's rows in one unit: of slabs of 2 or 4 KiB the hardware makes no stream.
   template <class O>
   static void PrefetchUnit(const uint32_t* words) {
     constexpr int kLine = 64 / sizeof(uint32_t);
     for (int i = 0; i < kTileRows * O::kWords; i += kLine) __builtin_prefetch(words + i);
+  }
+
+  // The words that are wanted next, beside those of `slab`, are so much further: those of the next slab, or of the
+  // first one of the rows that are `rows` further. Behind the last a prefetch does nothing.
+  static int64_t WordsAhead(const Problem& p, int64_t slab, int64_t rows) {
+    if (slab + kSlabK < p.k) return kSlabK * kWordsPerK;
+    return (rows / kTileRows * p.k - slab) * kWordsPerK;
   }
 
   // sums [kTokens][kTileRows][kLanes] (+)= the products of one slab, of one tile's rows and kTokens tokens.
@@ -183,11 +295,11 @@ struct Matmul {
     const Problem& p = args.problem;
     const int64_t length = SlabLength(p.k, slab);
     const uint32_t* tile_words = args.operands.packed + tile / kTileRows * (p.k / O::kTileK) * O::kTileWords;
-    const uint32_t* next_slab = tile_words + (slab + kSlab < p.k ? slab + kSlab : slab) * kWordsPerK;
-    const float* first_x = args.x + slab * args.tokens + token * length;
+    const int64_t words_ahead = WordsAhead(p, slab, kDirectRows);
+    const float* first_x = args.x + (slab * args.tokens + token * length) / kPack;
     SlabPairs<O, kRows> pairs;
     for (int first_row = 0; first_row < kTileRows; first_row += kRows, sums += kRows * kLanes) {
-      pairs.template Load<dtype>(args, tile + first_row, slab, length);
+      pairs.template Load<dtype>(args, tile + first_row, slab, length, kDirectRows);
       Float sum[kRows][kTokens];
       for (int r = 0; r < kRows; ++r) {
         for (int t = 0; t < kTokens; ++t) {
@@ -195,10 +307,10 @@ struct Matmul {
         }
       }
       const float* x = first_x;
-      for (int64_t k = slab; k < slab + length; k += O::kUnit, x += O::kUnit) {
+      for (int64_t k = slab; k < slab + length; k += O::kUnit, x += O::kUnit / kPack) {
         const uint32_t* unit = tile_words + k / O::kTileK * O::kTileWords + first_row * O::kRowWords;
         const int part = O::kWholeTiles ? 0 : static_cast<int>(k % O::kTileK / O::kUnit);
-        if (first_row == 0) PrefetchUnit<O>(next_slab + (k - slab) * kWordsPerK);
+        if (first_row == 0 && token == 0) PrefetchUnit<O>(tile_words + k * kWordsPerK + words_ahead);
         Table tables[kRows];
         pairs.template MakeTables<dtype>(GroupInSlab<O>(p, k - slab), tables);
         Words words[kRows][O::kWordVectors];
@@ -207,7 +319,7 @@ struct Matmul {
           for (int step = 0; step < O::kSteps; ++step) {
             Float activations[kTokens];
             for (int t = 0; t < kTokens; ++t) {
-              activations[t] = S::Load(x + t * length + (v * O::kSteps + step) * kLanes);
+              activations[t] = S::Load(x + t * length / kPack + (v * O::kSteps + step) * kLanes);
             }
             for (int r = 0; r < kRows; ++r) {
               const Float weights = S::Lookup(tables[r], words[r][v]);
@@ -224,21 +336,23 @@ struct Matmul {
   }
 
   // Many tokens: one slab of a tile's rows is written to a panel and used for all of them.
-  // panel [kPanelRows][kSlab] = the weights of the rows, k = slab .. slab + length - 1.
+  // panel [kPanelRows][kSlab] = the weights of the rows, k = slab .. slab + length - 1, kPack in each lane.
   template <DType dtype, class O>
   static void FillPanel(const MatmulArgs& args, int64_t tile, int64_t slab, int64_t length, float* panel) {
     static_assert(kPanelRows == kTileRows);
     const Problem& p = args.problem;
     const uint32_t* tile_words = args.operands.packed + tile / kTileRows * (p.k / O::kTileK) * O::kTileWords;
     SlabPairs<O, kPanelRows> pairs;
-    pairs.template Load<dtype>(args, tile, slab, length);
+    pairs.template Load<dtype>(args, tile, slab, length, kPanelRows);
+    const int64_t words_ahead = WordsAhead(p, slab, kPanelRows);
     for (int64_t k = slab; k < slab + length; k += O::kUnit) {
       Table tables[kPanelRows];
       pairs.template MakeTables<dtype>(GroupInSlab<O>(p, k - slab), tables);
+      PrefetchUnit<O>(tile_words + k * kWordsPerK + words_ahead);
       const uint32_t* unit = tile_words + k / O::kTileK * O::kTileWords;
       const int part = O::kWholeTiles ? 0 : static_cast<int>(k % O::kTileK / O::kUnit);
       for (int r = 0; r < kPanelRows; ++r) {
-        float* out = panel + r * kSlab + (k - slab);
+        float* out = panel + r * kSlab + (k - slab) / kPack;
         Words words[O::kWordVectors];
         S::template LoadUnit<O>(unit + r * O::kRowWords, part, words);
         for (int v = 0; v < O::kWordVectors; ++v) {
@@ -251,7 +365,7 @@ struct Matmul {
     }
   }
 
-  // sums [PanelBlock.rows][kTokens][kLanes] (+)= panel rows times tokens, over one slab.
+  // sums [PanelBlock.rows][kTokens][kLanes] (+)= panel rows times tokens, over one slab of `length` lanes of 32 bits.
   template <int kTokens>
   static void MultiplyBlock(const float* panel, const float* x, int64_t length, bool first, float* sums) {
     constexpr int kRows = PanelBlock(S::kIsa).rows;
@@ -296,14 +410,14 @@ struct Matmul {
       return args.tokens - token < kBlock.tokens ? args.tokens - token : kBlock.tokens;
     };
 
-    for (int64_t slab = 0; slab < p.k; slab += kSlab) {
+    for (int64_t slab = 0; slab < p.k; slab += kSlabK) {
       const int64_t length = SlabLength(p.k, slab);
       FillPanel<dtype, O>(args, tile, slab, length, panel);
       for (int64_t token = 0; token < args.tokens; token += kBlock.tokens) {
         const int64_t tokens = block_tokens(token);
-        const float* x = args.x + slab * args.tokens + token * length;
+        const float* x = args.x + (slab * args.tokens + token * length) / kPack;
         for (int r = 0; r < kPanelRows; r += kBlock.rows) {
-          MultiplyAtMost<kBlock.tokens>(tokens, panel + r * kSlab, x, length, slab == 0,
+          MultiplyAtMost<kBlock.tokens>(tokens, panel + r * kSlab, x, length / kPack, slab == 0,
                                         sums + (token * kPanelRows + r * tokens) * kLanes);
         }
       }
@@ -320,8 +434,10 @@ struct Matmul {
   // f(dtype, order), both as types.
   template <class F>
   static void Dispatch(const Problem& p, F&& f) {
-    if (p.dtype == DType::kBFloat16) return WithInnerKTiles<DType::kBFloat16>(p, f);
-    WithInnerKTiles<DType::kFloat16>(p, f);
+    if constexpr (Multiplies(S::kIsa, DType::kFloat16)) {
+      if (p.dtype == DType::kFloat16) return WithInnerKTiles<DType::kFloat16>(p, f);
+    }
+    WithInnerKTiles<DType::kBFloat16>(p, f);
   }
 
   template <DType dtype, class F>
@@ -334,9 +450,9 @@ struct Matmul {
   template <DType dtype, int kInnerKTiles, class F>
   static void WithUnit(const Problem& p, F&& f) {
     const std::integral_constant<DType, dtype> type;
-    if (p.group_size == 32) return f(type, UnitOrder<kLanes, kInnerKTiles, 32>());
-    if (p.group_size == 64) return f(type, UnitOrder<kLanes, kInnerKTiles, 64>());
-    f(type, UnitOrder<kLanes, kInnerKTiles, 128>());
+    if (p.group_size == 32) return f(type, UnitOrder<kLanes, kPack, kInnerKTiles, 32>());
+    if (p.group_size == 64) return f(type, UnitOrder<kLanes, kPack, kInnerKTiles, 64>());
+    f(type, UnitOrder<kLanes, kPack, kInnerKTiles, 128>());
   }
 
   static constexpr Kernel MakeKernel() {
@@ -353,6 +469,7 @@ struct Matmul {
                [&](auto dtype, auto order) { Panel<dtype(), decltype(order)>(args, row_begin, row_end, scratch); });
     };
     kernel.lanes = kLanes;
+    kernel.pack = kPack;
     return kernel;
   }
 };

@@ -11,6 +11,8 @@ namespace {
 struct Neon {
   static constexpr Isa kIsa = Isa::kNeon;
   static constexpr int kLanes = 4;
+  static constexpr int kPack = 1;
+  struct PairRange {};
   using Float = float32x4_t;
   using Words = uint32x4_t;
   // Bytes 1, 2 and 3 of the sixteen weights: byte 0 of a widened bfloat16 or float16 is zero.

@@ -10,6 +10,8 @@ namespace {
 struct Scalar {
   static constexpr Isa kIsa = Isa::kScalar;
   static constexpr int kLanes = 8;
+  static constexpr int kPack = 1;
+  struct PairRange {};
   struct Float {
     float lane[kLanes];
   };

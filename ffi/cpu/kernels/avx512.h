@@ -1,0 +1,53 @@
+// What the two kernels of 512-bit vectors share. In an unnamed namespace, so that each file has code of its own.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/kernels/x86.h"
+
+namespace int4mm::cpu {
+namespace {
+
+struct Avx512Base {
+  static constexpr int kLanes = 16;
+  using Float = __m512;
+  using Words = __m512i;
+
+  static Float Zero() { return _mm512_setzero_ps(); }
+  static Float Load(const float* p) { return _mm512_loadu_ps(p); }
+  static void Store(float* p, Float v) { _mm512_storeu_ps(p, v); }
+  static float Sum(Float v) { return _mm512_reduce_add_ps(v); }
+
+  // Of one (row, group), before they are rounded.
+  static __m512 Weights(float scale, float zero) {
+    const __m512 q = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm512_fmadd_ps(q, _mm512_set1_ps(scale), _mm512_set1_ps(zero));
+  }
+
+  static __m128i Load4(const uint32_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static __m256i Load8(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static __m256i Join(__m128i low, __m128i high) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+  }
+  static __m512i Join(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
+
+  template <DType dtype>
+  static Float Widen(const uint16_t* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (dtype == DType::kFloat16) return _mm512_cvtph_ps(bits);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+
+  template <DType dtype>
+  static uint16_t Narrow(float value) {
+    return x86::Narrow<dtype>(value);
+  }
+
+  template <DType dtype>
+  static unsigned LoadPairs(const uint16_t* scales_and_zeros, float* scales, float* zeros) {
+    return x86::LoadPairs<dtype>(scales_and_zeros, scales, zeros);
+  }
+};
+
+}  // namespace
+}  // namespace int4mm::cpu

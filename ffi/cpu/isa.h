@@ -65,6 +65,6 @@ constexpr RegisterBlock PanelBlock(Isa isa) {
 // are loaded and stored once a slab, which a longer slab does less often.
 inline constexpr int kPanelRows = 8;
 inline constexpr int kDirectRows = 32;  // Of whose slabs the sums are kept while w goes straight to them.
-inline constexpr int kSlab = 512;  // Lanes of 32 bits; a multiple of every group size and of every tile of k.
+inline constexpr int kSlab = 512;       // Lanes of 32 bits; a multiple of every group size and of every tile of k.
 
 }  // namespace int4mm::cpu

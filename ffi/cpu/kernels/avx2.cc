@@ -7,7 +7,7 @@
 namespace int4mm::cpu {
 namespace {
 
-struct Avx2 {
+struct Avx2 : X86Base {
   static constexpr Isa kIsa = Isa::kAvx2;
   static constexpr int kLanes = 8;
   static constexpr int kPack = 1;
@@ -37,12 +37,6 @@ struct Avx2 {
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(words, 28)));
   }
   static Words NextNibble(Words words) { return _mm256_srli_epi32(words, 4); }
-
-  static __m128i Load4(const uint32_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-  static __m256i Load8(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static __m256i Join(__m128i low, __m128i high) {
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-  }
 
   template <class O>
   static void LoadUnit(const uint32_t* row, int part, Words* words) {
@@ -81,16 +75,6 @@ struct Avx2 {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     if constexpr (dtype == DType::kFloat16) return _mm256_cvtph_ps(bits);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-  }
-
-  template <DType dtype>
-  static uint16_t Narrow(float value) {
-    return x86::Narrow<dtype>(value);
-  }
-
-  template <DType dtype>
-  static unsigned LoadPairs(const uint16_t* scales_and_zeros, float* scales, float* zeros) {
-    return x86::LoadPairs<dtype>(scales_and_zeros, scales, zeros);
   }
 
   template <DType dtype>

@@ -8,7 +8,7 @@
 namespace int4mm::cpu {
 namespace {
 
-struct Avx512Base {
+struct Avx512Base : X86Base {
   static constexpr int kLanes = 16;
   using Float = __m512;
   using Words = __m512i;
@@ -24,11 +24,7 @@ struct Avx512Base {
     return _mm512_fmadd_ps(q, _mm512_set1_ps(scale), _mm512_set1_ps(zero));
   }
 
-  static __m128i Load4(const uint32_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-  static __m256i Load8(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static __m256i Join(__m128i low, __m128i high) {
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-  }
+  using X86Base::Join;
   static __m512i Join(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
 
   template <DType dtype>
@@ -36,16 +32,6 @@ struct Avx512Base {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     if constexpr (dtype == DType::kFloat16) return _mm512_cvtph_ps(bits);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-  }
-
-  template <DType dtype>
-  static uint16_t Narrow(float value) {
-    return x86::Narrow<dtype>(value);
-  }
-
-  template <DType dtype>
-  static unsigned LoadPairs(const uint16_t* scales_and_zeros, float* scales, float* zeros) {
-    return x86::LoadPairs<dtype>(scales_and_zeros, scales, zeros);
   }
 };
 

@@ -48,3 +48,28 @@ template <DType dtype>
 }
 
 }  // namespace int4mm::cpu::x86
+
+namespace int4mm::cpu {
+namespace {
+
+// Of every Simd type with these registers. In an unnamed namespace, so that each file has code of its own.
+struct X86Base {
+  static __m128i Load4(const uint32_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static __m256i Load8(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static __m256i Join(__m128i low, __m128i high) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+  }
+
+  template <DType dtype>
+  static uint16_t Narrow(float value) {
+    return x86::Narrow<dtype>(value);
+  }
+
+  template <DType dtype>
+  static unsigned LoadPairs(const uint16_t* scales_and_zeros, float* scales, float* zeros) {
+    return x86::LoadPairs<dtype>(scales_and_zeros, scales, zeros);
+  }
+};
+
+}  // namespace
+}  // namespace int4mm::cpu

@@ -1,11 +1,10 @@
 """Times Voxtral Mini 3B in bf16 and in int4: the table that ExecuTorch published of it, and decoding.
 
-    JAX_INT4MM_STEP_KERNELS=1 python benchmarks/bench_voxtral.py --output benchmarks/results/h200/voxtral.csv
+    python benchmarks/bench_voxtral.py --output benchmarks/results/h200/voxtral.csv
     python benchmarks/bench_voxtral.py --layers 0.1 --repeats 2 --output small.csv      # a tenth of the layers
 
-JAX_INT4MM_STEP_KERNELS=1 takes the kernels of examples/decode_kernels.py for the steps. Random weights of the model's
-shapes in the examples' code: every linear layer of encoder and decoder and the output projection in int4, embeddings
-and projector in bf16. Rows:
+Random weights of the model's shapes in the examples' code: every linear layer of encoder and decoder and the output
+projection in int4, embeddings and projector in bf16. Rows:
 
 - weights: bytes of all parameters, as a file of them has.
 - audio_encoder: features [3, 128, 3000] to embeddings, 4500 rows.
@@ -14,6 +13,7 @@ and projector in bf16. Rows:
 - step batch B context C: one token for each of B rows behind C others, of a loop on the device.
 - peak: the most device memory in use by then, of all rows above it; a process for each kind of weights.
 - peak batch 16: the same, the step of 16 rows and their cache included.
+- apart step batch B: the same step with q, k, v, gate and up as matrices of their own.
 - load: from files in the system's cache to every parameter on the device, by `jax_int4mm.checkpoints`.
 - llama3_8b step batch B: the step of Llama 3 8B's shapes behind 1024 tokens.
 
@@ -106,20 +106,23 @@ class RandomWeights:
         )
 
 
-def text_params(config: Config, weights: RandomWeights) -> decoder.Params:
-    """A fused decoder."""
+def text_params(config: Config, weights: RandomWeights, fused: bool = True) -> decoder.Params:
+    """A decoder, with the linear layers of the same input as one matrix or apart."""
     hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     # First, while there is little else: making a large array takes it twice.
     large = {
         "embedding": weights.dense(config.vocab_size, hidden),
         "lm_head": weights.linear(hidden, config.vocab_size),
     }
-    key_values = 2 * config.num_key_value_heads * config.head_dim
+    key_values = config.num_key_value_heads * config.head_dim
+    sizes = {"q": heads, "k": key_values, "v": key_values}
+    sizes |= dict.fromkeys(("gate", "up"), config.intermediate_size)
+    if fused:
+        sizes = {whole: sum(sizes[part] for part in parts) for whole, parts in decoder.FUSED_NAMES.items()}
     layers = [
         {
-            "qkv": weights.linear(hidden, heads + key_values),
+            **{name: weights.linear(hidden, size) for name, size in sizes.items()},
             "o": weights.linear(heads, hidden),
-            "gate_up": weights.linear(hidden, 2 * config.intermediate_size),
             "down": weights.linear(config.intermediate_size, hidden),
             "attention_norm": jnp.ones(hidden, jnp.bfloat16),
             "mlp_norm": jnp.ones(hidden, jnp.bfloat16),
@@ -205,14 +208,15 @@ def measure_encoder(found: Measurements, config: voxtral.AudioConfig, params: An
     shape = (CHUNKS, config.num_mel_bins, 2 * config.max_source_positions)
     features = jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
     encode = jax.jit(voxtral.encode_audio, static_argnums=2)
-    found.add("audio_encoder", lambda: encode(params, features, config), queued=2)
+    found.add("audio_encoder", lambda: encode(params, features, config), queued=6)
 
 
 def measure_prefill(found: Measurements, config: Config, params: decoder.Params) -> None:
     """The rows token_embedding and text_decoder."""
     tokens = jnp.arange(TOKENS, dtype=jnp.int32)[None] * 97 % config.vocab_size
     embed = jax.jit(decoder.embed, static_argnums=2)
-    found.add("token_embedding", lambda: embed(params, tokens, config), queued=50)
+    table = {"embedding": params["embedding"]}
+    found.add("token_embedding", lambda: embed(table, tokens, config), queued=50)
 
     @jax.jit
     def prefill(params: decoder.Params, x: jax.Array) -> Any:
@@ -282,6 +286,10 @@ def measure(kind: str, args: argparse.Namespace) -> list[dict[str, object]]:
             found.record(row, gib=f"{statistics_of_device['peak_bytes_in_use'] / 2**30:.3f}")
     measure_load(found, {"audio": audio, "text": text})
     del audio, text
+    text = text_params(config, weights, fused=False)
+    for batch in (1, 16):
+        measure_steps(found, "apart ", config, text, batch, CONTEXT)
+    del text
     config = shortened(LLAMA3_8B, args.layers)
     text = text_params(config, weights)
     for batch in (1, 4, 16):

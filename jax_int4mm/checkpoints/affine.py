@@ -152,10 +152,10 @@ def _dequantize(weight: AffineGroups) -> np.ndarray:
 def on_device(*leaves: np.ndarray | None) -> list[Any]:
     """Leaves of an Int4Weight on the default device, of views of a file.
 
-    ``jax.device_put`` takes aligned memory as it is on a CPU, where ``jnp.asarray`` copies. Elsewhere the copy is
-    awaited: a file that is written to meanwhile would end the process.
+    ``jax.device_put`` takes aligned memory as it is on a CPU, where ``jnp.asarray`` copies. Elsewhere the copies are
+    under way when this returns, and those of several weights at a time.
     """
-    return jax.block_until_ready([leaf if leaf is None else jax.device_put(leaf) for leaf in leaves])
+    return [leaf if leaf is None else jax.device_put(leaf) for leaf in leaves]
 
 
 def rounded_pairs(pairs: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:

@@ -11,8 +11,6 @@ import pytest
 
 import decode_kernels
 
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-
 HEADS, KV_HEADS, HEAD_DIM, LENGTH = 8, 2, 64, 300
 
 
@@ -148,10 +146,7 @@ def test_residual_sum_and_norm(hidden: int, unit_offset: bool, output_norm: bool
     assert np.abs(as_float64(h) - expected).max() < 0.01 * np.abs(expected).max()
 
 
-def test_they_have_to_be_asked_for(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("JAX_INT4MM_STEP_KERNELS", raising=False)
-    assert not decode_kernels.serve(jnp.bfloat16, 128)
-    monkeypatch.setenv("JAX_INT4MM_STEP_KERNELS", "1")
+def test_which_steps_they_serve():
     assert decode_kernels.serve(jnp.bfloat16, 128) == (jax.default_backend() == "gpu" and len(jax.devices()) == 1)
     assert not decode_kernels.serve(jnp.float32, 128)
     assert not decode_kernels.serve(jnp.bfloat16, 96)

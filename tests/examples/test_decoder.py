@@ -89,7 +89,6 @@ def test_steps_on_the_kernels_score_alike(name: str, fused: bool, monkeypatch: p
     assert largest_error(in_pieces(params, config, tokens, per_row=True), reference) < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 @pytest.mark.parametrize("group_size", [None, 32])
 def test_steps_on_the_kernels_in_16_bits(

@@ -155,7 +155,7 @@ def on_device(*leaves: np.ndarray | None) -> list[Any]:
     ``jax.device_put`` takes aligned memory as it is on a CPU, where ``jnp.asarray`` copies. Elsewhere the copies are
     under way when this returns, and those of several weights at a time.
     """
-    return [leaf if leaf is None else jax.device_put(leaf) for leaf in leaves]
+    return jax.device_put(list(leaves))
 
 
 def rounded_pairs(pairs: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:

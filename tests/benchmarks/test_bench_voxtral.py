@@ -45,7 +45,7 @@ def test_a_small_run_leaves_every_row(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(bench_voxtral.voxtral, "AudioConfig", lambda: audio)
     monkeypatch.setattr(bench_voxtral, "TOKENS", 40)
     monkeypatch.setattr(bench_voxtral, "LOOP", 2)
-    steps = ["step batch 1 context 1138", "step batch 16 context 1138"]
+    steps = [f"{name}step batch {batch} context 1138" for name in ("", "apart ") for batch in (1, 16)]
     steps += [f"llama3_8b step batch {batch} context 1024" for batch in (1, 4, 16)]
     gib = {}
     for kind in ("bf16", "int4 g128"):

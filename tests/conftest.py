@@ -93,7 +93,7 @@ def kernel(request: pytest.FixtureRequest) -> Kernel:
     """Every kernel by name."""
     kernel = request.param
     runs = _ffi.cpu_implementations()
-    if kernel.platform == "cpu" and kernel.implementation not in runs:
+    if kernel.platform == "cpu" and (kernel.implementation or "").partition("/")[0] not in runs:
         pytest.skip(f"this CPU has no {kernel.implementation}: it runs {', '.join(runs)}")
     return kernel
 

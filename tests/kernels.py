@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
+import acceptance
 import cases
 import jax_int4mm as i4
 
-CPU_IMPLEMENTATIONS = ("avx512_bf16", "avx512", "avx2", "neon", "scalar")
+CPU_IMPLEMENTATIONS = ("avx512_bf16", "avx512_bf16/panel-4x6", "avx512", "avx2", "neon", "scalar")
 CUDA_IMPLEMENTATIONS = (
     "decode",
     "decode/32x8",
@@ -74,13 +75,22 @@ class Kernel:
 
     def takes(self, weight: cases.Weight) -> bool:
         """Whether it is documented to take this layout and dtype."""
-        if self.implementation == "avx512_bf16":
+        if (self.implementation or "").startswith("avx512_bf16"):
             return weight.dtype == "bfloat16"
         return weight.inner_k_tiles == 8 or not (self.implementation or "").startswith("decode")
 
-    def weights(self, weight: cases.Weight) -> str:
-        """What explain says that this kernel multiplies by: "rounded" or "exact"."""
-        return i4.explain((1, weight.k), int4_weight(weight), self.device, self.implementation).weights
+    def weights(self, weight: cases.Weight, m: int) -> str:
+        """What explain says that this kernel multiplies m tokens by: "rounded" or "exact"."""
+        return i4.explain((m, weight.k), int4_weight(weight), self.device, self.implementation).weights
+
+    def check(
+        self, ys: Sequence[np.ndarray], xs: Sequence[np.ndarray], weight: cases.Weight, device: jax.Device | None
+    ) -> None:
+        """``acceptance.check`` of y = x @ w^T for each x, by the weights that this kernel states for its m."""
+        stated = [self.weights(weight, len(x)) for x in xs]
+        for weights in set(stated):
+            of_these = [i for i, one in enumerate(stated) if one == weights]
+            acceptance.check([ys[i] for i in of_these], [xs[i] for i in of_these], weight.dense(weights), device)
 
     def multiply(self, xs: Sequence[np.ndarray], weight: cases.Weight) -> list[np.ndarray]:
         """x @ w^T for each x, all in one program, run as :func:`run_twice_on_poison` does."""

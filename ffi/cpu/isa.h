@@ -40,6 +40,11 @@ struct RegisterBlock {
 // cache first. Measured on Zen 4: where registers are few, writing the panel pays at once.
 constexpr int MaxDirectTokens(Isa isa) { return Has32Registers(isa) ? 8 : 1; }
 
+// Where kAvx512Bf16 multiplies few tokens by weights that are not rounded: groups so small that their tables are most
+// of the work. k is gone through in units of four groups.
+inline constexpr int kExactGroup = 32;
+inline constexpr int kExactUnit = 4 * kExactGroup;
+
 // As many tokens at a time as evenly make `tokens`, but no more than 4: their sums, tables and words fill 32 registers.
 constexpr RegisterBlock DirectBlock(Isa isa, int tokens) {
   constexpr int kMost = 4;

@@ -23,16 +23,26 @@ std::string Names(const std::vector<Isa>& isas) {
 }
 
 std::string TileName(const Plan& plan) {
-  return std::string(plan.panel ? "panel-" : "direct-") + std::to_string(plan.block.rows) + "x" +
-         std::to_string(plan.block.tokens);
+  return std::string(plan.panel   ? "panel-"
+                     : plan.exact ? "exact-"
+                                  : "direct-") +
+         std::to_string(plan.block.rows) + "x" + std::to_string(plan.block.tokens);
+}
+
+enum class Path { kDirect, kExact, kPanel };
+
+bool HasExact(const Problem& problem, Isa isa) {
+  return isa == Isa::kAvx512Bf16 && problem.group_size == kExactGroup && problem.k % kExactUnit == 0;
 }
 
 // m = 0 and kUnknownM are planned as one token is.
-Plan Block(const Problem& problem, Isa isa, bool panel) {
+Plan Block(const Problem& problem, Isa isa, Path path) {
   const int64_t tokens = std::max(problem.m, int64_t{1});
   Plan plan;
   plan.isa = isa;
+  const bool panel = path == Path::kPanel;
   plan.panel = panel;
+  plan.exact = path == Path::kExact;
   if (panel) {
     const int64_t passes = CeilDiv(tokens, kMaxTokensPerPass);
     plan.block = PanelBlock(isa);
@@ -49,8 +59,11 @@ Plan Block(const Problem& problem, Isa isa, bool panel) {
 
 // The plan whose name is `implementation`, "<isa>/<tile>".
 StatusOr<Plan> PlanTile(const Problem& problem, Isa isa, std::string_view implementation) {
-  std::vector<Plan> plans = {Block(problem, isa, true)};  // It serves every m, so an m that is not known too.
-  if (problem.m != kUnknownM && problem.m <= MaxDirectTokens(isa)) plans.push_back(Block(problem, isa, false));
+  std::vector<Plan> plans = {Block(problem, isa, Path::kPanel)};  // It serves every m, so an m that is not known too.
+  if (problem.m != kUnknownM && problem.m <= MaxDirectTokens(isa)) {
+    plans.push_back(Block(problem, isa, Path::kDirect));
+    if (HasExact(problem, isa)) plans.push_back(Block(problem, isa, Path::kExact));
+  }
   std::string names;
   for (const Plan& plan : plans) {
     if (LaunchName(plan) == implementation) return plan;
@@ -116,7 +129,8 @@ StatusOr<Plan> MakePlan(const Problem& problem, const CpuFeatures& features, std
     }
     if (name.size() < implementation.size()) return PlanTile(problem, isa, implementation);
   }
-  return Block(problem, isa, problem.m > MaxDirectTokens(isa));
+  if (problem.m > MaxDirectTokens(isa)) return Block(problem, isa, Path::kPanel);
+  return Block(problem, isa, HasExact(problem, isa) ? Path::kExact : Path::kDirect);
 }
 
 std::string LaunchName(const Plan& plan) { return std::string(IsaName(plan.isa)) + "/" + TileName(plan); }
@@ -125,15 +139,20 @@ Explanation Explain(const Problem& problem, const Plan& plan) {
   Explanation e;
   e.implementation = IsaName(plan.isa);
   e.tile = TileName(plan);
-  e.weights = "rounded";
+  e.weights = plan.exact ? "exact" : "rounded";
   std::ostringstream reason;
   if (problem.m == kUnknownM && !plan.panel) {
     e.tile = "at the call";
+    if (plan.exact) e.weights = e.tile;
     reason << "m is not known when the program is compiled, so the tile is chosen at the call";
   } else if (plan.panel) {
     reason << kPanelRows << " rows of w at a time are dequantised into cache and multiplied by up to "
            << plan.tokens_per_pass << " tokens, " << plan.block.rows << " rows by " << plan.block.tokens
            << " tokens in registers; " << MaxDirectTokens(plan.isa) << " tokens or fewer would need no such copy";
+  } else if (plan.exact) {
+    reason << "for " << MaxDirectTokens(plan.isa) << " tokens or fewer q - 8 is multiplied, and scale and zero are "
+           << "applied to the sums of each group in f32, " << plan.block.rows << " rows by " << plan.block.tokens
+           << " tokens in registers";
   } else {
     reason << "for " << MaxDirectTokens(plan.isa) << " tokens or fewer each weight goes from its group's table of 16 "
            << "straight to the sums, which are " << plan.block.rows << " rows by " << plan.block.tokens
@@ -142,7 +161,7 @@ Explanation Explain(const Problem& problem, const Plan& plan) {
   if (plan.isa == Isa::kAvx512Bf16) {
     reason
         << "; where a scale, a zero or an activation is so far from the others that the CPU's bfloat16 products would "
-        << "flush it to zero, " << IsaName(Isa::kAvx512) << " multiplies instead";
+        << "flush it to zero, " << IsaName(Isa::kAvx512) << " multiplies instead, by weights that are rounded";
   }
   e.reason = reason.str();
   return e;

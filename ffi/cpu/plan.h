@@ -35,6 +35,7 @@ std::vector<Isa> SupportedIsas(const CpuFeatures& features);
 struct Plan {
   Isa isa = Isa::kScalar;
   bool panel = false;           // Whether w goes through a panel in cache, or from the table straight to the sums.
+  bool exact = false;           // Of the latter: whether scale and zero are applied to the sums of a group.
   RegisterBlock block{0, 0};    // Rows of w by tokens whose sums are in registers.
   int64_t rows_per_task = 0;    // Multiple of 8.
   int64_t tokens_per_pass = 0;  // Tokens whose activations are widened at a time; w is read once a pass.
@@ -47,7 +48,7 @@ StatusOr<Plan> MakePlan(const Problem& problem, const CpuFeatures& features, std
 Explanation Explain(const Problem& problem, const Plan& plan);
 
 // "<implementation>/<tile>", as `implementation` takes it and last_launch() reports it. The tile is the path of w and
-// the register block, rows of w by tokens: "direct-8x1", "panel-4x6".
+// the register block, rows of w by tokens: "direct-8x1", "exact-8x1", "panel-4x6".
 std::string LaunchName(const Plan& plan);
 
 }  // namespace int4mm::cpu

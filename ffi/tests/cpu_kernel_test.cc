@@ -141,7 +141,8 @@ struct Case {
   GuardedArray<uint16_t> x;
   GuardedArray<uint32_t> packed;
   GuardedArray<uint16_t> scales_and_zeros;
-  std::vector<double> weights;  // [n][k]
+  std::vector<double> weights;        // [n][k], rounded,
+  std::vector<double> exact_weights;  // and not.
 
   explicit Case(const Problem& p)
       : problem(p),
@@ -149,7 +150,8 @@ struct Case {
         x((p.shared_x ? 1 : p.batch) * p.m * p.k),
         packed(p.batch * p.n * p.k / 8),
         scales_and_zeros(p.batch * p.k / p.group_size * p.n * 2),
-        weights(static_cast<size_t>(p.n * p.k)) {}
+        weights(static_cast<size_t>(p.n * p.k)),
+        exact_weights(weights.size()) {}
 
   Operands operands() { return {x.data(), packed.data(), scales_and_zeros.data(), nullptr}; }
 };
@@ -246,6 +248,7 @@ void FillScales(Case& c, Scales scales, std::mt19937_64& random) {
       for (int64_t k = group * p.group_size; k < (group + 1) * p.group_size; ++k) {
         const size_t i = static_cast<size_t>(n * p.k + k);
         c.weights[i] = Weight(p.dtype, c.q[i], scale, zero);
+        c.exact_weights[i] = (c.q[i] - 8) * scale + zero;
       }
     }
   }
@@ -264,14 +267,15 @@ void Fill(Case& c, Scales scales, std::mt19937_64& random) {
 constexpr uint16_t kPoison = 0x7FB1;
 constexpr uint32_t kPoison32 = 0x7FB1FEED;
 
-// The bits of y, on `threads` threads, by the kernels of one instruction set.
+// The bits of y, on `threads` threads, by the kernels of one instruction set, or by one of them, "/<tile>".
 template <typename Bits>
-std::vector<Bits> Run(const Problem& problem, Operands operands, Isa isa, int64_t threads) {
+std::vector<Bits> Run(const Problem& problem, Operands operands, Isa isa, int64_t threads,
+                      const std::string& tile = "") {
   constexpr Bits kUnwritten = sizeof(Bits) == 2 ? kPoison : kPoison32;
   GuardedArray<Bits> y(problem.batch * problem.m * problem.n);
   std::fill(y.begin(), y.end(), kUnwritten);
   operands.y = y.data();
-  const StatusOr<Plan> plan = MakePlan(problem, DetectCpuFeatures(), IsaName(isa));
+  const StatusOr<Plan> plan = MakePlan(problem, DetectCpuFeatures(), IsaName(isa) + tile);
   EXPECT(plan.ok()) << plan.status().message();
   StdThreadPool pool(threads);
   const Status status = Launch(problem, *plan, operands, pool);
@@ -283,10 +287,10 @@ std::vector<Bits> Run(const Problem& problem, Operands operands, Isa isa, int64_
 }
 
 // Of the first m tokens.
-std::vector<uint16_t> Run(Case& c, Isa isa, int64_t m, int64_t threads) {
+std::vector<uint16_t> Run(Case& c, Isa isa, int64_t m, int64_t threads, const std::string& tile = "") {
   Problem problem = c.problem;
   problem.m = m;
-  return Run<uint16_t>(problem, c.operands(), isa, threads);
+  return Run<uint16_t>(problem, c.operands(), isa, threads, tile);
 }
 
 std::vector<float> RunFloat32(Case& c, Isa isa, int64_t m, int64_t threads) {
@@ -360,8 +364,14 @@ std::vector<Problem> Grid() {
   return problems;
 }
 
-// y before it is rounded, and the sums of the sizes of its products.
-std::pair<std::vector<double>, std::vector<double>> Sums(Case& c) {
+bool IsExact(const Problem& problem, Isa isa) {
+  const StatusOr<Plan> plan = MakePlan(problem, DetectCpuFeatures(), IsaName(isa));
+  EXPECT(plan.ok()) << plan.status().message();
+  return Explain(problem, *plan).weights == "exact";
+}
+
+// y before it is rounded, and the sums of the sizes of its products, by weights [n][k].
+std::pair<std::vector<double>, std::vector<double>> Sums(Case& c, const std::vector<double>& weights) {
   const Problem& p = c.problem;
   std::vector<double> exact(static_cast<size_t>(p.m * p.n));
   std::vector<double> magnitude(exact.size());
@@ -369,7 +379,7 @@ std::pair<std::vector<double>, std::vector<double>> Sums(Case& c) {
   for (int64_t m = 0; m < p.m; ++m) {
     for (int64_t k = 0; k < p.k; ++k) x[static_cast<size_t>(k)] = Decode(p.dtype, c.x[m * p.k + k]);
     for (int64_t n = 0; n < p.n; ++n) {
-      const double* w = &c.weights[static_cast<size_t>(n * p.k)];
+      const double* w = &weights[static_cast<size_t>(n * p.k)];
       double sum = 0;
       double sum_magnitude = 0;
       for (size_t k = 0; k < x.size(); ++k) {
@@ -387,16 +397,33 @@ void TestProducts(const std::vector<Isa>& isas, std::mt19937_64& random) {
   for (const Problem& p : Grid()) {
     Case c(p);
     Fill(c, Scales::kOrdinary, random);
-    const auto [exact, magnitude] = Sums(c);
+    const auto of_rounded = Sums(c, c.weights);
+    const auto of_exact = Sums(c, c.exact_weights);
     for (const Isa isa : Those(isas, p.dtype)) {
-      const std::vector<uint16_t> y = Run(c, isa, p.m, 1);
-      ExpectClose(c, isa, y, exact, magnitude);
-      ExpectSums(c, isa, RunFloat32(c, isa, p.m, 2), y, exact, magnitude);
-      ExpectSums(c, isa, RunFloat32(c, isa, 1, 1), y, exact, magnitude);
-      for (const int64_t m : {1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 65}) {
-        const std::vector<uint16_t> some = Run(c, isa, m, 1 + m % 5);
-        EXPECT(std::equal(some.begin(), some.end(), y.begin()))
-            << IsaName(isa) << " " << Name(p) << ": rows of y change with m=" << m << " or with the threads";
+      // What few tokens give may be exact where that of many is not; those of a kind are alike.
+      Problem few = p;
+      few.m = 8;
+      for (const Problem& most : {p, few}) {
+        const bool is_exact = IsExact(most, isa);
+        const auto& [sums, magnitude] = is_exact ? of_exact : of_rounded;
+        const std::vector<uint16_t> y = Run(c, isa, most.m, 1);
+        ExpectClose(c, isa, y, sums, magnitude);
+        ExpectSums(c, isa, RunFloat32(c, isa, most.m, 2), y, sums, magnitude);
+        for (const int64_t m : {1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 65}) {
+          Problem some = p;
+          some.m = m;
+          if (m > most.m || IsExact(some, isa) != is_exact) continue;
+          const std::vector<uint16_t> rows = Run(c, isa, m, 1 + m % 5);
+          EXPECT(std::equal(rows.begin(), rows.end(), y.begin()))
+              << IsaName(isa) << " " << Name(p) << ": rows of y change with m=" << m << " or with the threads";
+          ExpectSums(c, isa, RunFloat32(c, isa, m, 1), rows, sums, magnitude);
+        }
+        // By name the weights of few tokens are rounded all the same.
+        if (is_exact || !IsExact(few, isa)) continue;
+        for (const auto& [m, tile] : {std::pair<int64_t, const char*>{1, "/direct-8x1"}, {8, "/direct-4x4"}}) {
+          const std::vector<uint16_t> rows = Run(c, isa, m, 2, tile);
+          EXPECT(std::equal(rows.begin(), rows.end(), y.begin())) << IsaName(isa) << tile << " " << Name(p);
+        }
       }
     }
   }
@@ -580,20 +607,25 @@ void TestRangesOfActivations(const std::vector<Isa>& isas, std::mt19937_64& rand
     return std::ldexp(1.0, std::uniform_int_distribution<int>(least, most)(random));
   };
   std::normal_distribution<double> normal;
-  for (const int64_t m : {4, 40}) {
-    Case c(Problem{m, 16, 2304, 128, 8, DType::kBFloat16});
+  for (const auto& [m, in_range] : {std::pair<int64_t, bool>{4, true}, {4, false}, {40, true}, {40, false}}) {
+    Case c(Problem{m, 16, 2304, m == 4 ? 32 : 128, 8, DType::kBFloat16});
     Fill(c, Scales::kOrdinary, random);
     for (int64_t token = 0; token < m; ++token) {
-      const double size = power(-130, 110);
-      // Some with neighbours that are 2^-140 of each other, which is more than the products of pairs can keep.
-      const int spread = std::uniform_int_distribution<int>(0, 3)(random) * 47;
+      // One with neighbours that are 2^-141 of each other, which is more than the products of pairs can keep.
+      const bool is_out = token == 0 && !in_range;
+      const double size = is_out ? 0x1p60 : power(-130, 110);
+      const int spread = is_out ? 141 : std::uniform_int_distribution<int>(0, 2)(random) * 47;
       for (int64_t k = 0; k < c.problem.k; ++k) {
         const double value = token % 7 == 3 ? 0 : normal(random) * size * power(-spread, 0);
         c.x[token * c.problem.k + k] = Encode(DType::kBFloat16, Round(DType::kBFloat16, value));
       }
     }
-    const auto [exact, magnitude] = Sums(c);
-    for (const Isa isa : isas) ExpectClose(c, isa, Run(c, isa, m, 2), exact, magnitude);
+    for (const Isa isa : isas) {
+      // What is out of range is multiplied by weights that are rounded.
+      const bool is_exact = in_range && IsExact(c.problem, isa);
+      const auto [sums, magnitude] = Sums(c, is_exact ? c.exact_weights : c.weights);
+      ExpectClose(c, isa, Run(c, isa, m, 2), sums, magnitude);
+    }
   }
 }
 
@@ -623,26 +655,33 @@ void TestRangeOfPairs(const std::vector<Isa>& isas, std::mt19937_64& random) {
     args.x = x.get();
     args.token_factors = &factor;
     args.out_of_range = &out_of_range;
+    std::vector<float> group_sums(static_cast<size_t>(p.k / p.group_size));
+    args.group_sums = group_sums.data();
+    kAvx512Bf16Kernel.order_exact(args, 0);
+    kAvx512Bf16Kernel.exact(args, 0, p.n, scratch.get());
+    const bool exact = out_of_range;
+    out_of_range = false;
     kAvx512Bf16Kernel.order_activations(args, 0);
     const bool x_out_of_range = out_of_range;
     kAvx512Bf16Kernel.direct(args, 0, p.n, scratch.get());
     const bool direct = out_of_range;
+    EXPECT(exact == direct);
     out_of_range = x_out_of_range;
     kAvx512Bf16Kernel.panel(args, 0, p.n, scratch.get());
     EXPECT(direct == out_of_range);
     return direct;
   };
   const auto with_x = [&](double one, double other) {
-    Case c(Problem{1, 16, 1280, 64, 8, DType::kBFloat16});
+    Case c(Problem{1, 16, 1280, 32, 8, DType::kBFloat16});
     Fill(c, Scales::kOrdinary, random);
     std::fill(c.x.begin(), c.x.end(), bits(one));
     c.x[static_cast<int64_t>(random() % 1280)] = bits(other);
     return refuses(c);
   };
   const auto with_pair = [&](double scale, double zero) {
-    Case c(Problem{1, 16, 1280, 64, 8, DType::kBFloat16});
+    Case c(Problem{1, 16, 1280, 32, 8, DType::kBFloat16});
     Fill(c, Scales::kOrdinary, random);
-    const int64_t pair = static_cast<int64_t>(random() % (16 * 20));
+    const int64_t pair = static_cast<int64_t>(random() % (16 * 40));
     c.scales_and_zeros[2 * pair] = bits(scale);
     c.scales_and_zeros[2 * pair + 1] = bits(zero);
     return refuses(c);

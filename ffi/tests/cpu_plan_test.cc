@@ -165,6 +165,41 @@ void TestNamedTiles() {
   EXPECT(one.status().message().find("for every m; it has") != std::string::npos) << one.status().message();
 }
 
+// Few tokens and groups of 32 take weights that are not rounded, where k is whole units of them.
+void TestExact() {
+  const struct {
+    int64_t m, k, group_size;
+    const CpuFeatures features;
+    const char* name;
+    const char* weights;
+  } cases[] = {
+      {1, 4096, 32, Avx512Bf16Cpu(), "avx512_bf16/exact-8x1", "exact"},
+      {8, 4096, 32, Avx512Bf16Cpu(), "avx512_bf16/exact-4x4", "exact"},
+      {9, 4096, 32, Avx512Bf16Cpu(), "avx512_bf16/panel-4x6", "rounded"},
+      {1, 4096, 64, Avx512Bf16Cpu(), "avx512_bf16/direct-8x1", "rounded"},
+      {1, 4128, 32, Avx512Bf16Cpu(), "avx512_bf16/direct-8x1", "rounded"},
+      {1, 4096, 32, Avx512Cpu(), "avx512/direct-8x1", "rounded"},
+      {kUnknownM, 4096, 32, Avx512Bf16Cpu(), "avx512_bf16/exact-8x1", "at the call"},
+      {kUnknownM, 4096, 64, Avx512Bf16Cpu(), "avx512_bf16/direct-8x1", "rounded"},
+  };
+  for (const auto& one : cases) {
+    Problem problem = WithM(one.m);
+    problem.k = one.k;
+    problem.group_size = one.group_size;
+    problem.inner_k_tiles = 2;
+    const StatusOr<Plan> plan = MakePlan(problem, one.features, "");
+    EXPECT(plan.ok()) << plan.status().message();
+    EXPECT(LaunchName(*plan) == one.name) << LaunchName(*plan);
+    EXPECT(Explain(problem, *plan).weights == one.weights) << one.name;
+    if (one.m == kUnknownM) continue;
+    const StatusOr<Plan> named = MakePlan(problem, one.features, one.name);
+    EXPECT(named.ok() && named->exact == plan->exact) << named.status().message();
+  }
+  Problem problem = WithM(4);
+  problem.group_size = 64;
+  EXPECT(!MakePlan(problem, Avx512Bf16Cpu(), "avx512_bf16/exact-4x4").ok());
+}
+
 // What the launcher relies on.
 void TestBlocking() {
   for (const CpuFeatures& features : {Avx512Bf16Cpu(), Avx512Cpu(), Avx2Cpu(), NeonCpu(), CpuFeatures()}) {
@@ -227,6 +262,7 @@ int main() {
   TestRefusesWhatCannotRun();
   TestRefusesABadProblem();
   TestNamedTiles();
+  TestExact();
   TestBlocking();
   TestExplain();
   return int4mm::test::Result();

@@ -118,8 +118,200 @@ struct Avx512Bf16 : Avx512Base {
   }
 };
 
+// Few tokens and groups of 32: q - 8, which bfloat16 holds, is multiplied, and the sums of a group by its scale; its
+// zero is multiplied by the sum of its activations. One table serves all, where rounded weights need one for each row
+// and group, which is most of the work where a group is small and tokens are few.
+//
+// A unit is four groups of one row: sixteen words, each of them within one group. Four shifts and lookups multiply
+// them, and the lanes' sums by a vector of their groups' scales.
+template <int kInnerKTiles>
+struct Exact {
+  using S = Avx512Bf16;
+  using M = Matmul<S>;
+  using O = UnitOrder<S::kLanes, S::kPack, kInnerKTiles, kExactUnit>;
+  static_assert(O::kWords == S::kLanes && O::kSteps == 4);
+  static constexpr int kGroups = kExactUnit / kExactGroup;
+  static constexpr int kUnits = M::kSlabK / kExactUnit;  // Of a slab.
+  static constexpr int kRows = M::kTileRows;
+
+  static void OrderActivations(const MatmulArgs& args, int64_t token) {
+    M::template OrderPairs<O>(args, token);
+    const Problem& p = args.problem;
+    const uint16_t* x = args.operands.x + (args.first_token + token) * p.k;
+    const __m512 factor = _mm512_set1_ps(1 / args.token_factors[token]);
+    float* sums = args.group_sums + token;
+    for (int64_t k = 0; k < p.k; k += kExactGroup, sums += args.tokens) {
+      __m512 sum = S::Zero();
+      for (int64_t i = k; i < k + kExactGroup; i += S::kLanes) {
+        sum = _mm512_fmadd_ps(S::template Widen<DType::kBFloat16>(x + i), factor, sum);
+      }
+      *sums = S::Sum(sum);
+    }
+  }
+
+  // The scales of a tile's rows in a slab.
+  struct SlabScales {
+    alignas(64) float of[kUnits][kRows][kGroups];
+  };
+
+  // From pairs [group][row] to scales [row][group].
+  static void StoreScales(const __m256i (&pairs)[kGroups], float (*scales)[kGroups]) {
+    const __m256i low01 = _mm256_unpacklo_epi32(pairs[0], pairs[1]);
+    const __m256i high01 = _mm256_unpackhi_epi32(pairs[0], pairs[1]);
+    const __m256i low23 = _mm256_unpacklo_epi32(pairs[2], pairs[3]);
+    const __m256i high23 = _mm256_unpackhi_epi32(pairs[2], pairs[3]);
+    const __m256i rows[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
+                             _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
+    for (int r = 0; r < 4; ++r) {
+      const __m256 wide = _mm256_castsi256_ps(_mm256_slli_epi32(rows[r], 16));
+      _mm_store_ps(scales[r], _mm256_castps256_ps128(wide));
+      _mm_store_ps(scales[r + 4], _mm256_extractf128_ps(wide, 1));
+    }
+  }
+
+  // Fills `scales`, and adds to zero_sums [kTokens][kRows] the zeros times the sums of the activations. Asks for the
+  // pairs that are wanted next, as SlabPairs does.
+  template <int kTokens>
+  static void LoadPairs(const MatmulArgs& args, int64_t tile, int64_t slab, int64_t length, int64_t token,
+                        SlabScales* scales, __m256 (&zero_sums)[kTokens]) {
+    const Problem& p = args.problem;
+    const int64_t first_group = slab / kExactGroup;
+    const uint16_t* pairs = args.operands.scales_and_zeros + layout::ScaleIndex(first_group, tile, p.n);
+    const float* group_sums = args.group_sums + first_group * args.tokens + token;
+    const int64_t next = 2 * (slab + M::kSlabK < p.k ? M::kSlabK / kExactGroup * p.n : kDirectRows - first_group * p.n);
+    const __m256i high_half = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
+    typename S::PairRange range;
+    for (int64_t unit = 0; unit < length / kExactUnit; ++unit) {
+      __m256i of_groups[kGroups];
+      for (int g = 0; g < kGroups; ++g, pairs += 2 * p.n, group_sums += args.tokens) {
+        __builtin_prefetch(pairs + next);
+        of_groups[g] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs));
+        range.template Add<kRows>(pairs);
+        const __m256 zeros = _mm256_castsi256_ps(_mm256_and_si256(of_groups[g], high_half));
+        for (int t = 0; t < kTokens; ++t) {
+          zero_sums[t] = _mm256_fmadd_ps(zeros, _mm256_set1_ps(group_sums[t]), zero_sums[t]);
+        }
+      }
+      StoreScales(of_groups, scales->of[unit]);
+    }
+    if (__builtin_expect(range.Exceeded(), 0)) __atomic_store_n(args.out_of_range, true, __ATOMIC_RELAXED);
+  }
+
+  // The scales of each lane's group.
+  static __m512 LaneScales(const float* scales) {
+    const __m512 four = _mm512_broadcast_f32x4(_mm_load_ps(scales));
+    if constexpr (kInnerKTiles == 8) {
+      return four;
+    } else {
+      struct Lanes {
+        alignas(64) int group[S::kLanes];
+      };
+      static constexpr Lanes kOf = [] {
+        Lanes lanes{};
+        for (int i = 0; i < S::kLanes; ++i) lanes.group[i] = O::WordK(i) / kExactGroup;
+        return lanes;
+      }();
+      return _mm512_permutexvar_ps(_mm512_load_si512(kOf.group), four);
+    }
+  }
+
+  // sums [kTokens][kRows][kLanes] (+)= the products of one slab, of one tile's rows and kTokens tokens.
+  template <int kTokens>
+  static void Tokens(const MatmulArgs& args, int64_t tile, int64_t slab, int64_t token, float* sums) {
+    constexpr int kBlockRows = DirectBlock(S::kIsa, kTokens).rows;
+    const Problem& p = args.problem;
+    const int64_t length = M::SlabLength(p.k, slab);
+    const uint32_t* words = args.operands.packed + (tile * p.k + slab * kRows) / layout::kNibblesPerWord;
+    const int64_t words_ahead = M::WordsAhead(p, slab, kDirectRows);
+    const float* first_x = args.x + (slab * args.tokens + token * length) / S::kPack;
+    const S::Table codes = S::Rounded(_mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
+    SlabScales scales;
+    __m256 zero_sums[kTokens] = {};
+    LoadPairs<kTokens>(args, tile, slab, length, token, &scales, zero_sums);
+    for (int first_row = 0; first_row < kRows; first_row += kBlockRows) {
+      __m512 sum[kBlockRows][kTokens];
+      INT4MM_UNROLL
+      for (int r = 0; r < kBlockRows; ++r) {
+        INT4MM_UNROLL
+        for (int t = 0; t < kTokens; ++t) {
+          sum[r][t] = slab == 0 ? S::Zero() : S::Load(sums + (t * kRows + first_row + r) * S::kLanes);
+        }
+      }
+      const float* x = first_x;
+      const uint32_t* unit = words;
+      for (int64_t u = 0; u < length / kExactUnit; ++u, unit += kRows * O::kWords, x += kExactUnit / S::kPack) {
+        if (first_row == 0 && token == 0) M::template PrefetchUnit<O>(unit + words_ahead);
+        INT4MM_UNROLL
+        for (int r = 0; r < kBlockRows; ++r) {
+          __m512i row;
+          S::template LoadUnit<O>(unit + (first_row + r) * O::kRowWords, 0, &row);
+          __m512 part[kTokens];
+          INT4MM_UNROLL
+          for (int t = 0; t < kTokens; ++t) part[t] = S::Zero();
+          INT4MM_UNROLL
+          for (int step = 0; step < O::kSteps; ++step) {
+            const __m512 weights = S::Lookup(codes, row);
+            row = S::NextNibble(row);
+            INT4MM_UNROLL
+            for (int t = 0; t < kTokens; ++t) {
+              part[t] = S::MultiplyAdd(weights, S::Load(x + t * length / S::kPack + step * S::kLanes), part[t]);
+            }
+          }
+          const __m512 lane_scales = LaneScales(scales.of[u][first_row + r]);
+          INT4MM_UNROLL
+          for (int t = 0; t < kTokens; ++t) sum[r][t] = _mm512_fmadd_ps(part[t], lane_scales, sum[r][t]);
+        }
+      }
+      INT4MM_UNROLL
+      for (int r = 0; r < kBlockRows; ++r) {
+        INT4MM_UNROLL
+        for (int t = 0; t < kTokens; ++t) {
+          S::Store(sums + (t * kRows + first_row + r) * S::kLanes, sum[r][t]);
+        }
+      }
+    }
+    INT4MM_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      alignas(32) float zeros[kRows];
+      _mm256_store_ps(zeros, zero_sums[t]);
+      for (int r = 0; r < kRows; ++r) sums[(t * kRows + r) * S::kLanes] += zeros[r];
+    }
+  }
+
+  template <int kTokens>
+  static void AtMost(int64_t tokens, const MatmulArgs& args, int64_t tile, int64_t slab, int64_t token, float* sums) {
+    if (tokens == kTokens) return Tokens<kTokens>(args, tile, slab, token, sums);
+    if constexpr (kTokens > 1) AtMost<kTokens - 1>(tokens, args, tile, slab, token, sums);
+  }
+
+  static void Multiply(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
+    M::template WalkDirect<DType::kBFloat16>(
+        args, row_begin, row_end, scratch, [&](int64_t tokens, int64_t tile, int64_t slab, int64_t token, float* sums) {
+          AtMost<DirectBlock(S::kIsa, MaxDirectTokens(S::kIsa)).tokens>(tokens, args, tile, slab, token, sums);
+        });
+  }
+};
+
+template <class F>
+void WithInnerKTiles(const Problem& p, F&& f) {
+  if (p.inner_k_tiles == 2) return f(Exact<2>());
+  if (p.inner_k_tiles == 4) return f(Exact<4>());
+  f(Exact<8>());
+}
+
+constexpr Kernel MakeKernel() {
+  Kernel kernel = Matmul<Avx512Bf16>::MakeKernel();
+  kernel.order_exact = [](const MatmulArgs& args, int64_t token) {
+    WithInnerKTiles(args.problem, [&](auto exact) { exact.OrderActivations(args, token); });
+  };
+  kernel.exact = [](const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
+    WithInnerKTiles(args.problem, [&](auto exact) { exact.Multiply(args, row_begin, row_end, scratch); });
+  };
+  return kernel;
+}
+
 }  // namespace
 
-constexpr Kernel kAvx512Bf16Kernel = Matmul<Avx512Bf16>::MakeKernel();
+constexpr Kernel kAvx512Bf16Kernel = MakeKernel();
 
 }  // namespace int4mm::cpu

@@ -22,16 +22,21 @@ struct MatmulArgs {
   int64_t tokens = 0;
   float* x = nullptr;
   float* token_factors = nullptr;  // [tokens]
+  float* group_sums = nullptr;     // [k / group_size][tokens], of the activations, scaled; for `exact`
   bool* out_of_range = nullptr;    // Set by several threads at once.
 };
 
 struct Kernel {
-  // Fills args.x and args.token_factors for one token of 0 .. args.tokens-1.
+  // Fills args.x and args.token_factors for one token of 0 .. args.tokens-1, as `direct` and `panel` read them.
   void (*order_activations)(const MatmulArgs& args, int64_t token);
   // y for rows [row_begin, row_end), both multiples of 8, and at most MaxDirectTokens tokens.
   void (*direct)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
   // y for rows [row_begin, row_end), both multiples of 8, and any number of tokens.
   void (*panel)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
+  // The same for `exact`: as `direct`, but scale and zero are applied to the sums of a group, in f32, and no weight is
+  // rounded. Null where there is none.
+  void (*order_exact)(const MatmulArgs& args, int64_t token);
+  void (*exact)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
   int lanes;  // f32 values in one vector.
   int pack;   // Activations in one lane of x.
 };

@@ -39,6 +39,14 @@
 #include "cpu/kernels/kernel.h"
 #include "cpu/kernels/order.h"
 
+// Before a loop over sums that are to stay in registers: by itself GCC 12 unrolls it too late to take their array
+// apart.
+#if defined(__clang__)
+#define INT4MM_UNROLL _Pragma("unroll")
+#else
+#define INT4MM_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 namespace int4mm::cpu {
 
 template <class S>
@@ -225,6 +233,15 @@ struct Matmul {
   template <DType dtype, class O>
   static void Direct(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
     constexpr int kMostTokens = DirectBlock(S::kIsa, MaxDirectTokens(S::kIsa)).tokens;
+    WalkDirect<dtype>(args, row_begin, row_end, scratch,
+                      [&](int64_t tokens, int64_t tile, int64_t slab, int64_t token, float* sums) {
+                        DirectAtMost<dtype, O, kMostTokens>(tokens, args, tile, slab, token, sums);
+                      });
+  }
+
+  // multiply(tokens, tile, slab, token, sums) for each of them, and y from the sums.
+  template <DType dtype, class F>
+  static void WalkDirect(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch, F&& multiply) {
     const Problem& p = args.problem;
     const int64_t block = DirectBlock(S::kIsa, static_cast<int>(args.tokens)).tokens;
     for (int64_t begin = row_begin; begin < row_end; begin += kDirectRows) {
@@ -234,7 +251,7 @@ struct Matmul {
         for (int64_t tile = begin; tile < end; tile += kTileRows) {
           for (int64_t token = 0; token < args.tokens; token += block) {
             const int64_t tokens = args.tokens - token < block ? args.tokens - token : block;
-            DirectAtMost<dtype, O, kMostTokens>(tokens, args, tile, slab, token, sums);
+            multiply(tokens, tile, slab, token, sums);
             sums += tokens * kTileRows * kLanes;
           }
         }
@@ -370,20 +387,27 @@ struct Matmul {
   static void MultiplyBlock(const float* panel, const float* x, int64_t length, bool first, float* sums) {
     constexpr int kRows = PanelBlock(S::kIsa).rows;
     Float sum[kRows][kTokens];
+    INT4MM_UNROLL
     for (int r = 0; r < kRows; ++r) {
+      INT4MM_UNROLL
       for (int t = 0; t < kTokens; ++t) {
         sum[r][t] = first ? S::Zero() : S::Load(sums + (r * kTokens + t) * kLanes);
       }
     }
     for (int64_t k = 0; k < length; k += kLanes) {
       Float weights[kRows];
+      INT4MM_UNROLL
       for (int r = 0; r < kRows; ++r) weights[r] = S::Load(panel + r * kSlab + k);
+      INT4MM_UNROLL
       for (int t = 0; t < kTokens; ++t) {
         const Float activations = S::Load(x + t * length + k);
+        INT4MM_UNROLL
         for (int r = 0; r < kRows; ++r) sum[r][t] = S::MultiplyAdd(weights[r], activations, sum[r][t]);
       }
     }
+    INT4MM_UNROLL
     for (int r = 0; r < kRows; ++r) {
+      INT4MM_UNROLL
       for (int t = 0; t < kTokens; ++t) S::Store(sums + (r * kTokens + t) * kLanes, sum[r][t]);
     }
   }
@@ -455,11 +479,13 @@ struct Matmul {
     f(type, UnitOrder<kLanes, kPack, kInnerKTiles, 128>());
   }
 
+  static void Order(const MatmulArgs& args, int64_t token) {
+    Dispatch(args.problem, [&](auto dtype, auto order) { OrderActivations<dtype(), decltype(order)>(args, token); });
+  }
+
   static constexpr Kernel MakeKernel() {
     Kernel kernel{};
-    kernel.order_activations = [](const MatmulArgs& args, int64_t token) {
-      Dispatch(args.problem, [&](auto dtype, auto order) { OrderActivations<dtype(), decltype(order)>(args, token); });
-    };
+    kernel.order_activations = Order;
     kernel.direct = [](const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
       Dispatch(args.problem,
                [&](auto dtype, auto order) { Direct<dtype(), decltype(order)>(args, row_begin, row_end, scratch); });

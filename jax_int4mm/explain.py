@@ -24,7 +24,7 @@ class Explanation:
       implementation: the kernel's name, as ``implementation=`` takes it.
       tile: the kernel's tile, in its own terms; "" for "reference" and "dequantize".
       weights: "rounded" if the kernel multiplies by what ``dequantize`` returns, "exact" if it applies scale and zero
-        in f32.
+        in f32; on a CPU "at the call" where that depends on an m that is not known.
       workspace_bytes: device memory that the call needs beside its operands and its result.
       reason: one sentence.
     """

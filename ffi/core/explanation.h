@@ -10,8 +10,9 @@ namespace int4mm {
 struct Explanation {
   std::string implementation;  // The kernel's public name: "ampere", "avx2", ...; empty if it is chosen at the call.
   std::string tile;            // Its tile, in the kernel's own terms.
-  std::string weights;         // "rounded" (what dequantize returns) or "exact" (scale and zero applied in f32).
-  std::string reason;          // One sentence: why this kernel and tile.
+  // "rounded" (what dequantize returns), "exact" (scale and zero applied in f32), or "at the call" where m decides.
+  std::string weights;
+  std::string reason;  // One sentence: why this kernel and tile.
   int64_t workspace_bytes = 0;
 };
 

@@ -27,8 +27,13 @@ def quantize_rtn(groups: jax.Array, *, symmetric: bool, dtype: np.dtype) -> tupl
 
 def scale_and_zero(low: jax.Array, high: jax.Array, *, symmetric: bool, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
     """Scale and zero, rounded to dtype, in f32, that represent low and high or, symmetric, the larger of them."""
-    # A constant group has no range: the smallest normal number keeps the division by it defined and its result 0.
+    # A constant group has no range: any scale keeps the division by it defined. The smallest normal number would do,
+    # but a scale under 2^-30 keeps a CPU from products of bfloat16 (docs/kernels/cpu.md): it is left to constants so
+    # small that 2^-30 matters.
     smallest = jnp.finfo(dtype).smallest_normal.astype(jnp.float32)
+    size = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    is_plain = (low == high) & ((size == 0) | (size >= 2.0**-18))
+    smallest = jnp.where(is_plain, jnp.maximum(smallest, 2.0**-30), smallest)
     if symmetric:
         scale = rounded(jnp.maximum(jnp.maximum(-low, high) / 7.5, smallest), dtype)
         return scale, jnp.zeros_like(scale)

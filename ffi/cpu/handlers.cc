@@ -32,11 +32,11 @@ namespace nb = nanobind;
 // What the newest launch in this process ran; tests compare it with the plan.
 struct Launched {
   Isa isa;
-  bool panel;
+  Path path;
   uint8_t rows;
   uint8_t tokens;  // 0: nothing was launched.
 };
-std::atomic<Launched> last_launched{Launched{Isa::kScalar, false, 0, 0}};
+std::atomic<Launched> last_launched{Launched{Isa::kScalar, Path::kDirect, 0, 0}};
 
 const CpuFeatures& ThisCpu() {
   static const CpuFeatures features = DetectCpuFeatures();
@@ -61,7 +61,7 @@ Status Run(const Call& call, std::string_view implementation, ffi::ThreadPool ff
   Status status = Launch(call.problem, *plan, call.operands, pool);
   if (status.ok()) {
     last_launched.store(
-        {plan->isa, plan->panel, static_cast<uint8_t>(plan->block.rows), static_cast<uint8_t>(plan->block.tokens)},
+        {plan->isa, plan->path, static_cast<uint8_t>(plan->block.rows), static_cast<uint8_t>(plan->block.tokens)},
         std::memory_order_relaxed);
   }
   return status;
@@ -95,7 +95,7 @@ std::optional<std::string> LastLaunch() {
   if (launched.tokens == 0) return std::nullopt;
   Plan plan;
   plan.isa = launched.isa;
-  plan.panel = launched.panel;
+  plan.path = launched.path;
   plan.block = {launched.rows, launched.tokens};
   return LaunchName(plan);
 }

@@ -58,7 +58,7 @@ Status LaunchFullRange(const Problem& problem, const Plan& plan, const Operands&
   static_assert(MaxDirectTokens(Isa::kAvx512Bf16) <= MaxDirectTokens(Isa::kAvx512));
   Plan full_range = plan;
   full_range.isa = Isa::kAvx512;
-  full_range.exact = false;
+  if (plan.path == Path::kExact) full_range.path = Path::kDirect;
   return Launch(problem, full_range, operands, pool);
 }
 
@@ -76,11 +76,13 @@ Status Launch(const Problem& problem, const Plan& plan, const Operands& operands
 
   const int64_t rows = plan.rows_per_task;
   const int64_t ordered_floats = WholeLines(tokens * problem.k / kernel.pack);
-  const int64_t groups = plan.exact ? problem.k / problem.group_size : 0;
+  const bool exact = plan.path == Path::kExact;
+  const bool panel = plan.path == Path::kPanel;
+  const int64_t groups = exact ? problem.k / problem.group_size : 0;
   // With the tokens' factors and the groups' sums.
   const int64_t activations = ordered_floats + WholeLines(tokens) + WholeLines(groups * tokens);
   const int64_t scratch =
-      WholeLines(plan.panel ? PanelScratchFloats(tokens, kernel.lanes) : DirectScratchFloats(tokens, kernel.lanes));
+      WholeLines(panel ? PanelScratchFloats(tokens, kernel.lanes) : DirectScratchFloats(tokens, kernel.lanes));
   const int64_t floats = (problem.shared_x ? 1 : products) * activations + workers * scratch;
   const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
   const std::unique_ptr<float, Free> buffer(
@@ -117,7 +119,7 @@ Status Launch(const Problem& problem, const Plan& plan, const Operands& operands
         const MatmulArgs args = args_of(task / steps);
         const int64_t begin = task % steps * step;
         const int64_t end = std::min(begin + step, some_tokens);
-        const auto order = plan.exact ? kernel.order_exact : kernel.order_activations;
+        const auto order = exact ? kernel.order_exact : kernel.order_activations;
         for (int64_t token = begin; token < end; ++token) order(args, token);
       });
       ParallelFor(pool, some_products * tasks, workers, [&](int64_t task, int64_t worker) {
@@ -125,9 +127,8 @@ Status Launch(const Problem& problem, const Plan& plan, const Operands& operands
         const MatmulArgs args = args_of(task / tasks);
         const int64_t begin = task % tasks * rows;
         const int64_t end = std::min(begin + rows, problem.n);
-        (plan.panel   ? kernel.panel
-         : plan.exact ? kernel.exact
-                      : kernel.direct)(args, begin, end, first_scratch + worker * scratch);
+        const auto multiply = panel ? kernel.panel : exact ? kernel.exact : kernel.direct;
+        multiply(args, begin, end, first_scratch + worker * scratch);
       });
       if (__atomic_load_n(&out_of_range, __ATOMIC_RELAXED)) return LaunchFullRange(problem, plan, operands, pool);
     }

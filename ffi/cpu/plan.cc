@@ -22,14 +22,22 @@ std::string Names(const std::vector<Isa>& isas) {
   return names;
 }
 
-std::string TileName(const Plan& plan) {
-  return std::string(plan.panel   ? "panel-"
-                     : plan.exact ? "exact-"
-                                  : "direct-") +
-         std::to_string(plan.block.rows) + "x" + std::to_string(plan.block.tokens);
+const char* PathName(Path path) {
+  switch (path) {
+    case Path::kDirect:
+      return "direct";
+    case Path::kExact:
+      return "exact";
+    case Path::kPanel:
+      break;
+  }
+  return "panel";
 }
 
-enum class Path { kDirect, kExact, kPanel };
+std::string TileName(const Plan& plan) {
+  return std::string(PathName(plan.path)) + "-" + std::to_string(plan.block.rows) + "x" +
+         std::to_string(plan.block.tokens);
+}
 
 bool HasExact(const Problem& problem, Isa isa) {
   return isa == Isa::kAvx512Bf16 && problem.group_size == kExactGroup && problem.k % kExactUnit == 0;
@@ -40,9 +48,8 @@ Plan Block(const Problem& problem, Isa isa, Path path) {
   const int64_t tokens = std::max(problem.m, int64_t{1});
   Plan plan;
   plan.isa = isa;
+  plan.path = path;
   const bool panel = path == Path::kPanel;
-  plan.panel = panel;
-  plan.exact = path == Path::kExact;
   if (panel) {
     const int64_t passes = CeilDiv(tokens, kMaxTokensPerPass);
     plan.block = PanelBlock(isa);
@@ -139,17 +146,19 @@ Explanation Explain(const Problem& problem, const Plan& plan) {
   Explanation e;
   e.implementation = IsaName(plan.isa);
   e.tile = TileName(plan);
-  e.weights = plan.exact ? "exact" : "rounded";
+  const bool exact = plan.path == Path::kExact;
+  const bool panel = plan.path == Path::kPanel;
+  e.weights = exact ? "exact" : "rounded";
   std::ostringstream reason;
-  if (problem.m == kUnknownM && !plan.panel) {
+  if (problem.m == kUnknownM && !panel) {
     e.tile = "at the call";
-    if (plan.exact) e.weights = e.tile;
+    if (exact) e.weights = e.tile;
     reason << "m is not known when the program is compiled, so the tile is chosen at the call";
-  } else if (plan.panel) {
+  } else if (panel) {
     reason << kPanelRows << " rows of w at a time are dequantised into cache and multiplied by up to "
            << plan.tokens_per_pass << " tokens, " << plan.block.rows << " rows by " << plan.block.tokens
            << " tokens in registers; " << MaxDirectTokens(plan.isa) << " tokens or fewer would need no such copy";
-  } else if (plan.exact) {
+  } else if (exact) {
     reason << "for " << MaxDirectTokens(plan.isa) << " tokens or fewer q - 8 is multiplied, and scale and zero are "
            << "applied to the sums of each group in f32, " << plan.block.rows << " rows by " << plan.block.tokens
            << " tokens in registers";

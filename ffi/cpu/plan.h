@@ -32,10 +32,13 @@ CpuFeatures DetectCpuFeatures();
 // The instruction sets whose kernels run on such a CPU, best first; never empty.
 std::vector<Isa> SupportedIsas(const CpuFeatures& features);
 
+// The way of w: from the table straight to the sums, the same with scale and zero applied to the sums of a group, or
+// through a panel in cache.
+enum class Path : uint8_t { kDirect, kExact, kPanel };
+
 struct Plan {
   Isa isa = Isa::kScalar;
-  bool panel = false;           // Whether w goes through a panel in cache, or from the table straight to the sums.
-  bool exact = false;           // Of the latter: whether scale and zero are applied to the sums of a group.
+  Path path = Path::kDirect;
   RegisterBlock block{0, 0};    // Rows of w by tokens whose sums are in registers.
   int64_t rows_per_task = 0;    // Multiple of 8.
   int64_t tokens_per_pass = 0;  // Tokens whose activations are widened at a time; w is read once a pass.

@@ -152,7 +152,7 @@ void TestNamedTiles() {
     }
   }
   const StatusOr<Plan> panel = MakePlan(WithM(1), Avx512Cpu(), "avx512/panel-4x6");
-  EXPECT(panel.ok() && panel->panel) << panel.status().message();
+  EXPECT(panel.ok() && panel->path == Path::kPanel) << panel.status().message();
   const StatusOr<Plan> direct = MakePlan(WithM(100), Avx512Cpu(), "avx512/direct-8x1");
   EXPECT(direct.status().code() == StatusCode::kUnimplemented);
   EXPECT(direct.status().message().find("m = 100; it has \"avx512/panel-4x6\".") != std::string::npos)
@@ -193,7 +193,7 @@ void TestExact() {
     EXPECT(Explain(problem, *plan).weights == one.weights) << one.name;
     if (one.m == kUnknownM) continue;
     const StatusOr<Plan> named = MakePlan(problem, one.features, one.name);
-    EXPECT(named.ok() && named->exact == plan->exact) << named.status().message();
+    EXPECT(named.ok() && named->path == plan->path) << named.status().message();
   }
   Problem problem = WithM(4);
   problem.group_size = 64;
@@ -211,11 +211,11 @@ void TestBlocking() {
         EXPECT(plan.ok()) << plan.status().message();
         EXPECT(plan->rows_per_task <= 32 || plan->rows_per_task * k * std::min(m, plan->tokens_per_pass) <= 1 << 18);
         const std::string name = LaunchName(*plan) + " m=" + std::to_string(m) + " k=" + std::to_string(k);
-        EXPECT(plan->panel == (m > MaxDirectTokens(plan->isa))) << name;
+        EXPECT((plan->path == Path::kPanel) == (m > MaxDirectTokens(plan->isa))) << name;
         EXPECT(plan->rows_per_task > 0 && plan->rows_per_task % layout::kTileN == 0) << name;
         EXPECT(layout::kTileN % plan->block.rows == 0 && plan->block.rows % 4 == 0) << name;
         EXPECT(plan->tokens_per_pass > 0) << name;
-        if (plan->panel) {
+        if (plan->path == Path::kPanel) {
           EXPECT(plan->tokens_per_pass % plan->block.tokens == 0) << name;
           EXPECT(plan->tokens_per_pass < 128 + plan->block.tokens) << name;
         } else {

@@ -178,7 +178,7 @@ struct Exact {
     const int64_t first_group = slab / kExactGroup;
     const uint16_t* pairs = args.operands.scales_and_zeros + layout::ScaleIndex(first_group, tile, p.n);
     const float* group_sums = args.group_sums + first_group * args.tokens + token;
-    const int64_t next = 2 * (slab + M::kSlabK < p.k ? M::kSlabK / kExactGroup * p.n : kDirectRows - first_group * p.n);
+    const int64_t next = M::PairsAhead(p, slab, kDirectRows);
     const __m256i high_half = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
     typename S::PairRange range;
     for (int64_t unit = 0; unit < length / kExactUnit; ++unit) {
@@ -278,34 +278,23 @@ struct Exact {
     }
   }
 
-  template <int kTokens>
-  static void AtMost(int64_t tokens, const MatmulArgs& args, int64_t tile, int64_t slab, int64_t token, float* sums) {
-    if (tokens == kTokens) return Tokens<kTokens>(args, tile, slab, token, sums);
-    if constexpr (kTokens > 1) AtMost<kTokens - 1>(tokens, args, tile, slab, token, sums);
-  }
-
   static void Multiply(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
     M::template WalkDirect<DType::kBFloat16>(
         args, row_begin, row_end, scratch, [&](int64_t tokens, int64_t tile, int64_t slab, int64_t token, float* sums) {
-          AtMost<DirectBlock(S::kIsa, MaxDirectTokens(S::kIsa)).tokens>(tokens, args, tile, slab, token, sums);
+          M::template WithTokens<DirectBlock(S::kIsa, MaxDirectTokens(S::kIsa)).tokens>(
+              tokens, [&](auto n) { Tokens<n()>(args, tile, slab, token, sums); });
         });
   }
 };
 
-template <class F>
-void WithInnerKTiles(const Problem& p, F&& f) {
-  if (p.inner_k_tiles == 2) return f(Exact<2>());
-  if (p.inner_k_tiles == 4) return f(Exact<4>());
-  f(Exact<8>());
-}
-
 constexpr Kernel MakeKernel() {
   Kernel kernel = Matmul<Avx512Bf16>::MakeKernel();
   kernel.order_exact = [](const MatmulArgs& args, int64_t token) {
-    WithInnerKTiles(args.problem, [&](auto exact) { exact.OrderActivations(args, token); });
+    Matmul<Avx512Bf16>::WithInnerKTiles(args.problem, [&](auto n) { Exact<n()>::OrderActivations(args, token); });
   };
   kernel.exact = [](const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
-    WithInnerKTiles(args.problem, [&](auto exact) { exact.Multiply(args, row_begin, row_end, scratch); });
+    Matmul<Avx512Bf16>::WithInnerKTiles(args.problem,
+                                        [&](auto n) { Exact<n()>::Multiply(args, row_begin, row_end, scratch); });
   };
   return kernel;
 }

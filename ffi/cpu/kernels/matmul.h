@@ -64,6 +64,12 @@ struct Matmul {
 
   static int64_t SlabLength(int64_t k, int64_t slab_begin) { return k - slab_begin < kSlabK ? k - slab_begin : kSlabK; }
 
+  // The scales and zeros that are wanted next, beside those of `slab`, are so many values further: those of the next
+  // slab, or the first ones of the rows that are `rows` further.
+  static int64_t PairsAhead(const Problem& p, int64_t slab, int64_t rows) {
+    return 2 * (slab + kSlabK < p.k ? kSlabK / p.group_size * p.n : rows - slab / p.group_size * p.n);
+  }
+
   // The scales and zeros of kRows neighbouring rows in the groups of one slab.
   template <class O, int kRows>
   struct SlabPairs {
@@ -79,8 +85,7 @@ struct Matmul {
       static_assert(kRows % 4 == 0);
       const Problem& p = args.problem;
       const uint16_t* pairs = args.operands.scales_and_zeros + layout::ScaleIndex(slab / p.group_size, n, p.n);
-      const int64_t next =
-          2 * (slab + kSlabK < p.k ? kSlabK / p.group_size * p.n : next_rows - slab / p.group_size * p.n);
+      const int64_t next = PairsAhead(p, slab, next_rows);
       [[maybe_unused]] typename S::PairRange range;
       for (int64_t group = 0; group < length / p.group_size; ++group, pairs += 2 * p.n) {
         __builtin_prefetch(pairs + next);
@@ -233,10 +238,10 @@ struct Matmul {
   template <DType dtype, class O>
   static void Direct(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
     constexpr int kMostTokens = DirectBlock(S::kIsa, MaxDirectTokens(S::kIsa)).tokens;
-    WalkDirect<dtype>(args, row_begin, row_end, scratch,
-                      [&](int64_t tokens, int64_t tile, int64_t slab, int64_t token, float* sums) {
-                        DirectAtMost<dtype, O, kMostTokens>(tokens, args, tile, slab, token, sums);
-                      });
+    WalkDirect<dtype>(
+        args, row_begin, row_end, scratch, [&](int64_t tokens, int64_t tile, int64_t slab, int64_t token, float* sums) {
+          WithTokens<kMostTokens>(tokens, [&](auto n) { DirectTokens<dtype, O, n()>(args, tile, slab, token, sums); });
+        });
   }
 
   // multiply(tokens, tile, slab, token, sums) for each of them, and y from the sums.
@@ -284,11 +289,11 @@ struct Matmul {
     return sum;
   }
 
-  template <DType dtype, class O, int kTokens>
-  static void DirectAtMost(int64_t tokens, const MatmulArgs& args, int64_t tile, int64_t slab, int64_t token,
-                           float* sums) {
-    if (tokens == kTokens) return DirectTokens<dtype, O, kTokens>(args, tile, slab, token, sums);
-    if constexpr (kTokens > 1) DirectAtMost<dtype, O, kTokens - 1>(tokens, args, tile, slab, token, sums);
+  // f(tokens), as a type, of 1 .. kMost.
+  template <int kMost, class F>
+  static void WithTokens(int64_t tokens, F&& f) {
+    if (tokens == kMost) return f(std::integral_constant<int, kMost>());
+    if constexpr (kMost > 1) WithTokens<kMost - 1>(tokens, f);
   }
 
   // Asks for the words of a tile's rows in one unit: of slabs of 2 or 4 KiB the hardware makes no stream.
@@ -412,13 +417,6 @@ struct Matmul {
     }
   }
 
-  template <int kTokens>
-  static void MultiplyAtMost(int64_t tokens, const float* panel, const float* x, int64_t length, bool first,
-                             float* sums) {
-    if (tokens == kTokens) return MultiplyBlock<kTokens>(panel, x, length, first, sums);
-    if constexpr (kTokens > 1) MultiplyAtMost<kTokens - 1>(tokens, panel, x, length, first, sums);
-  }
-
   template <DType dtype, class O>
   static void Panel(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
     for (int64_t tile = row_begin; tile < row_end; tile += kTileRows) PanelTile<dtype, O>(args, tile, scratch);
@@ -441,8 +439,9 @@ struct Matmul {
         const int64_t tokens = block_tokens(token);
         const float* x = args.x + (slab * args.tokens + token * length) / kPack;
         for (int r = 0; r < kPanelRows; r += kBlock.rows) {
-          MultiplyAtMost<kBlock.tokens>(tokens, panel + r * kSlab, x, length / kPack, slab == 0,
-                                        sums + (token * kPanelRows + r * tokens) * kLanes);
+          float* block_sums = sums + (token * kPanelRows + r * tokens) * kLanes;
+          WithTokens<kBlock.tokens>(
+              tokens, [&](auto n) { MultiplyBlock<n()>(panel + r * kSlab, x, length / kPack, slab == 0, block_sums); });
         }
       }
     }
@@ -459,33 +458,35 @@ struct Matmul {
   template <class F>
   static void Dispatch(const Problem& p, F&& f) {
     if constexpr (Multiplies(S::kIsa, DType::kFloat16)) {
-      if (p.dtype == DType::kFloat16) return WithInnerKTiles<DType::kFloat16>(p, f);
+      if (p.dtype == DType::kFloat16) return WithOrder<DType::kFloat16>(p, f);
     }
-    WithInnerKTiles<DType::kBFloat16>(p, f);
+    WithOrder<DType::kBFloat16>(p, f);
   }
 
   template <DType dtype, class F>
-  static void WithInnerKTiles(const Problem& p, F&& f) {
-    if (p.inner_k_tiles == 2) return WithUnit<dtype, 2>(p, f);
-    if (p.inner_k_tiles == 4) return WithUnit<dtype, 4>(p, f);
-    WithUnit<dtype, 8>(p, f);
-  }
-
-  template <DType dtype, int kInnerKTiles, class F>
-  static void WithUnit(const Problem& p, F&& f) {
+  static void WithOrder(const Problem& p, F&& f) {
     const std::integral_constant<DType, dtype> type;
-    if (p.group_size == 32) return f(type, UnitOrder<kLanes, kPack, kInnerKTiles, 32>());
-    if (p.group_size == 64) return f(type, UnitOrder<kLanes, kPack, kInnerKTiles, 64>());
-    f(type, UnitOrder<kLanes, kPack, kInnerKTiles, 128>());
+    WithInnerKTiles(p, [&](auto inner_k_tiles) {
+      constexpr int kInnerKTiles = decltype(inner_k_tiles)::value;
+      if (p.group_size == 32) return f(type, UnitOrder<kLanes, kPack, kInnerKTiles, 32>());
+      if (p.group_size == 64) return f(type, UnitOrder<kLanes, kPack, kInnerKTiles, 64>());
+      f(type, UnitOrder<kLanes, kPack, kInnerKTiles, 128>());
+    });
   }
 
-  static void Order(const MatmulArgs& args, int64_t token) {
-    Dispatch(args.problem, [&](auto dtype, auto order) { OrderActivations<dtype(), decltype(order)>(args, token); });
+  // f(inner_k_tiles), as a type.
+  template <class F>
+  static void WithInnerKTiles(const Problem& p, F&& f) {
+    if (p.inner_k_tiles == 2) return f(std::integral_constant<int, 2>());
+    if (p.inner_k_tiles == 4) return f(std::integral_constant<int, 4>());
+    f(std::integral_constant<int, 8>());
   }
 
   static constexpr Kernel MakeKernel() {
     Kernel kernel{};
-    kernel.order_activations = Order;
+    kernel.order_activations = [](const MatmulArgs& args, int64_t token) {
+      Dispatch(args.problem, [&](auto dtype, auto order) { OrderActivations<dtype(), decltype(order)>(args, token); });
+    };
     kernel.direct = [](const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
       Dispatch(args.problem,
                [&](auto dtype, auto order) { Direct<dtype(), decltype(order)>(args, row_begin, row_end, scratch); });

@@ -13,8 +13,8 @@ projection in int4, embeddings and projector in bf16. Rows:
 - step batch B context C: one token for each of B rows behind C others, of a loop on the device.
 - peak: the most device memory in use by then, of all rows above it; a process for each kind of weights.
 - peak batch 16: the same, the step of 16 rows and their cache included.
-- apart step batch B: the same step with q, k, v, gate and up as matrices of their own.
 - load: from files in the system's cache to every parameter on the device, by `jax_int4mm.checkpoints`.
+- apart step batch B: the same step with q, k, v, gate and up as matrices of their own.
 - llama3_8b step batch B: the step of Llama 3 8B's shapes behind 1024 tokens.
 
 `ms` is wall time of calls that are queued one behind the other, the median of the repeats. `matmul_ms`, `attention_ms`

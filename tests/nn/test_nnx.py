@@ -170,10 +170,10 @@ class Model(nnx.Module):
         return self.lm_head(x) + self.experts(x[0]).sum((0, 1))
 
 
-def test_a_model_is_quantised_by_rules(rng: np.random.Generator) -> None:
+def test_a_model_is_quantised_by_rules() -> None:
     model = Model(nnx.Rngs(0))
     model.eval()
-    tokens = jnp.asarray(rng.integers(0, 32, (1, 6)))
+    tokens = jnp.arange(6)[None]
     before, size = model(tokens), sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     kept = {id(model.embed), id(model.lm_head), id(model.blocks[1].down)}
     rules = Rules(Recipe(group_size=32), [(r"blocks/1/down", None), ("attention", Recipe("mse", 64))])
@@ -193,7 +193,7 @@ def test_a_model_is_quantised_by_rules(rng: np.random.Generator) -> None:
     assert f"{len(names)} layers; {report.bytes_before:,} bytes before" in str(report)
     after = nnx.jit(lambda model, tokens: model(tokens))(model, tokens)
     assert after.dtype == before.dtype
-    difference = float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before))
+    difference = float(jnp.abs(after - before).max() / jnp.abs(before).max())
     assert 0 < difference < 0.3
 
     again, second = i4nnx.quantize_model(model, rules)

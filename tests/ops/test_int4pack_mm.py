@@ -178,17 +178,23 @@ def test_plain_jnp_on_golden_cases(xla_program: Kernel, name: str) -> None:
 
 
 @pytest.mark.parametrize("m", cases.M[1:])
+@pytest.mark.parametrize("group_size", [32, 128])
 @pytest.mark.parametrize(("n", "k"), [(8, 128), (136, 1024), (4096, 4096)])
-def test_the_chosen_kernel_is_the_one_that_explain_names(chosen: Kernel, m: int, n: int, k: int) -> None:
-    w4 = i4.quantize(np.ones((k, n), np.float32))
+def test_the_chosen_kernel_is_the_one_that_explain_names(
+    chosen: Kernel, m: int, n: int, k: int, group_size: int
+) -> None:
+    w4 = i4.quantize(np.ones((k, n), np.float32), group_size=group_size)
     explanation = i4.explain((m, k), w4, chosen.device)
     np.testing.assert_array_equal(np.ones((m, k), w4.dtype) @ w4, np.full((m, n), k))
     assert _ffi.last_launch(chosen.platform) == f"{explanation.implementation}/{explanation.tile}"
 
 
+@pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize("m", [1, 5, 9, 65, 200])
-def test_a_named_kernel_is_the_one_that_runs(kernel: Kernel, m: int, rng: np.random.Generator) -> None:
-    weight = cases.random_weight(rng, 40, 256, 64)
+def test_a_named_kernel_is_the_one_that_runs(
+    kernel: Kernel, m: int, group_size: int, rng: np.random.Generator
+) -> None:
+    weight = cases.random_weight(rng, 40, 256, group_size)
     explanation = i4.explain((m, weight.k), int4_weight(weight), kernel.device, kernel.implementation)
     kernel.multiply([cases.random_x(rng, (m, weight.k))], weight)
     launched = f"{explanation.implementation}/{explanation.tile}"

@@ -191,9 +191,7 @@ def test_the_chosen_kernel_is_the_one_that_explain_names(
 
 @pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize("m", [1, 5, 9, 65, 200])
-def test_a_named_kernel_is_the_one_that_runs(
-    kernel: Kernel, m: int, group_size: int, rng: np.random.Generator
-) -> None:
+def test_a_named_kernel_is_the_one_that_runs(kernel: Kernel, m: int, group_size: int, rng: np.random.Generator) -> None:
     weight = cases.random_weight(rng, 40, 256, group_size)
     explanation = i4.explain((m, weight.k), int4_weight(weight), kernel.device, kernel.implementation)
     kernel.multiply([cases.random_x(rng, (m, weight.k))], weight)

@@ -3,9 +3,13 @@
     python benchmarks/bench_tensor_parallel.py --output benchmarks/results/<device>/tensor_parallel.csv
 
 The linear layers of one block of Llama-3 70B: fused qkv, gate and up divided by columns, o and down by rows; what is
-between them is left out. One jitted program runs several blocks, each with weights of its own, so that every weight
-comes from memory; a figure is the median time of an execution over the number of blocks. `all_reduce_us` is what the
-first device spent in communication, waiting included, as JAX's profiler reports it.
+between them is left out. A jitted program runs them again and again, each time on what came out before and on weights
+that are not in a cache; a figure is what one time more costs, the median of a long program less that of a short one,
+so that starting a program does not count. `all_reduce_us` is the share of communication, as JAX's profiler reports it
+for the device that waits least.
+
+`--all-reduce xla` lets XLA communicate small results by kernels of its own in place of NCCL's; `--accum-dtype bfloat16`
+adds up parts of 16 bits.
 
 On CPUs (--cpu-devices) it runs small layers, to show that it works; such figures say nothing.
 """
@@ -13,11 +17,13 @@ On CPUs (--cpu-devices) it runs small layers, to show that it works; such figure
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +44,18 @@ LLAMA_70B = {
     "up": (28672, 8192, COLUMN),
     "down": (8192, 28672, ROW),
 }
+KV_HEADS = 8  # Each with its queries side by side in qkv, so that devices have heads of their own.
 GROUP_SIZE = 128
 BLOCKS = 2  # Of 430 MB each.
+REPEATS = (4, 20)  # Of a short program and of a long one.
 SAMPLES = 15
-PAIRS = {"attention": ("qkv", "o"), "mlp": ("gate", "up", "down")}
+ALL_REDUCE_OPTIONS: Mapping[str, dict[str, str | bool]] = {
+    "nccl": {},
+    "xla": {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": True},
+}
 
 Layers = Mapping[str, tuple[int, int, P]]
+Block = Mapping[str, i4.Int4Weight]
 
 
 def make_block(key: jax.Array, layers: Layers, mesh: Mesh) -> dict[str, i4.Int4Weight]:
@@ -59,70 +71,100 @@ def make_block(key: jax.Array, layers: Layers, mesh: Mesh) -> dict[str, i4.Int4W
     return block
 
 
-def attention(x: jax.Array, block: dict[str, i4.Int4Weight]) -> jax.Array:
-    """qkv and o, of as many columns of qkv as o takes."""
-    return (x @ block["qkv"])[:, : block["o"].k] @ block["o"]
+def qkv_and_o(x: jax.Array, block: Block, accum_dtype: str) -> jax.Array:
+    """qkv and o, which takes the queries."""
+    heads = (x @ block["qkv"]).reshape(len(x), KV_HEADS, -1)[..., : block["o"].k // KV_HEADS]
+    return i4.matmul(heads.reshape(len(x), -1), block["o"], accum_dtype=accum_dtype)
 
 
-def mlp(x: jax.Array, block: dict[str, i4.Int4Weight]) -> jax.Array:
+def up_and_down(x: jax.Array, block: Block, accum_dtype: str) -> jax.Array:
+    """Up and down."""
+    return i4.matmul(x @ block["up"], block["down"], accum_dtype=accum_dtype)
+
+
+def gate_up_and_down(x: jax.Array, block: Block, accum_dtype: str) -> jax.Array:
     """Gate, up and down."""
-    return ((x @ block["gate"]) * (x @ block["up"])) @ block["down"]
+    return i4.matmul((x @ block["gate"]) * (x @ block["up"]), block["down"], accum_dtype=accum_dtype)
+
+
+PARTS = {"qkv, o": qkv_and_o, "up, down": up_and_down, "gate, up, down": gate_up_and_down}
 
 
 def communication_us(program: jax.stages.Compiled, operands: tuple[object, ...]) -> float:
-    """Microseconds of collectives on one device in one execution."""
+    """Microseconds of collectives in one execution, on the GPU that spends least on them."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(program(*operands))
         (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(trace))
-        return sum(
-            event.duration_ns / 1e3
+        of_each = [
+            sum(
+                event.duration_ns / 1e3
+                for line in plane.lines
+                if line.name.startswith("Stream")
+                for event in line.events
+                if "nccl" in event.name.lower() or "allreduce" in event.name.lower().replace("_", "").replace("-", "")
+            )
             for plane in profile.planes
-            if plane.name == "/device:GPU:0"
-            for line in plane.lines
-            if line.name.startswith("Stream")
-            for event in line.events
-            if "nccl" in event.name.lower() or "all_reduce" in event.name.lower()
-        )
+            if plane.name.startswith("/device:GPU")
+        ]
+    return min(of_each, default=0.0)
 
 
-def measure(devices: list[jax.Device], layers: Layers, ms: list[int]) -> Iterator[dict[str, object]]:
-    """A line for each pair of layers and m."""
+def median_us(program: jax.stages.Compiled, operands: tuple[object, ...]) -> float:
+    """Of the wall time of an execution."""
+    samples = []
+    for _ in range(3 + SAMPLES):
+        start = time.perf_counter()
+        jax.block_until_ready(program(*operands))
+        samples.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(samples[3:])
+
+
+def measure(
+    devices: Sequence[jax.Device], layers: Layers, ms: Sequence[int], all_reduces: Sequence[str], dtypes: Sequence[str]
+) -> Iterator[dict[str, object]]:
+    """A line for each part of a block, m, and way to communicate, if there is anything to communicate."""
     mesh = Mesh(np.array(devices), ("part",), axis_types=(AxisType.Auto,))
+    everywhere = NamedSharding(mesh, P())
     blocks = [make_block(jax.random.key(i), layers, mesh) for i in range(BLOCKS)]
     hidden = layers["qkv"][1]
-    for m in ms:
-        x = jax.device_put(jnp.full((m, hidden), 1e-3, jnp.bfloat16), NamedSharding(mesh, P()))
-        for name, part in (("attention", attention), ("mlp", mlp)):
+    ways = list(itertools.product(all_reduces, dtypes)) if len(devices) > 1 else [("none", "float32")]
+    for m, (name, part), (all_reduce, accum_dtype) in itertools.product(ms, PARTS.items(), ways):
+        x = jax.device_put(jax.random.normal(jax.random.key(m), (m, hidden), jnp.bfloat16), everywhere)
 
-            def run(x: jax.Array, blocks: list[dict[str, i4.Int4Weight]], part: object = part) -> list[jax.Array]:
-                return [part(x, block) for block in blocks]
+        def run(repeats: int, x: jax.Array, blocks: list[Block], part=part, accum_dtype=accum_dtype) -> jax.Array:
+            for i in range(repeats):
+                # Between -1 and 1 again.
+                x = jnp.tanh(part(x, blocks[i % BLOCKS], accum_dtype))
+            return x
 
-            operands = x, [{layer: block[layer] for layer in PAIRS[name]} for block in blocks]
-            program = jax.jit(run, out_shardings=NamedSharding(mesh, P())).lower(*operands).compile()
-            for _ in range(3):
-                jax.block_until_ready(program(*operands))
-            samples = []
-            for _ in range(SAMPLES):
-                start = time.perf_counter()
-                jax.block_until_ready(program(*operands))
-                samples.append((time.perf_counter() - start) * 1e6 / BLOCKS)
-            yield {
-                "layers": name,
-                "m": m,
-                "devices": len(devices),
-                "us": round(statistics.median(samples), 2),
-                "all_reduce_us": round(communication_us(program, operands) / BLOCKS, 2),
-                "device": devices[0].device_kind,
-                "jax": jax.__version__,
-            }
+        short, long = (
+            jax.jit(functools.partial(run, repeats), out_shardings=everywhere)
+            .lower(x, blocks)
+            .compile(compiler_options=ALL_REDUCE_OPTIONS.get(all_reduce, {}))
+            for repeats in REPEATS
+        )
+        us = (median_us(long, (x, blocks)) - median_us(short, (x, blocks))) / (REPEATS[1] - REPEATS[0])
+        yield {
+            "layers": name,
+            "m": m,
+            "devices": len(devices),
+            "all_reduce": all_reduce,
+            "accum_dtype": accum_dtype,
+            "us": round(us, 2),
+            "all_reduce_us": round(communication_us(long, (x, blocks)) / REPEATS[1], 2),
+            "device": devices[0].device_kind,
+            "jax": jax.__version__,
+        }
 
 
 def main() -> None:
     """Run the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--m", type=int, nargs="+", default=[1, 16, 512, 4096])
+    parser.add_argument("--all-reduce", nargs="+", choices=ALL_REDUCE_OPTIONS, default=list(ALL_REDUCE_OPTIONS))
+    parser.add_argument("--accum-dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--cpu-devices", type=int, help="so many devices of the CPU, and small layers")
     parser.add_argument("--output", type=pathlib.Path, help="the CSV to write")
     arguments = parser.parse_args()
@@ -135,13 +177,15 @@ def main() -> None:
     alone: dict[tuple[object, object], float] = {}
     count = 1
     while count <= jax.device_count():
-        for line in measure(jax.devices()[:count], layers, arguments.m):
-            table.append(line)
+        for line in measure(jax.devices()[:count], layers, arguments.m, arguments.all_reduce, arguments.accum_dtype):
             us = float(str(line["us"]))
             one = alone.setdefault((line["layers"], line["m"]), us)
+            line["speedup"] = round(one / us, 3)
+            table.append(line)
             print(
-                f"{line['layers']:9s} m={line['m']:<5} {count} devices {us:10.1f} us, "
-                f"{line['all_reduce_us']} of them communication, {one / us:.2f} times as fast as one",
+                f"{line['layers']:14s} m={line['m']:<5} {count} devices, all-reduce {line['all_reduce']:4s} "
+                f"{line['accum_dtype']:8s} {us:10.1f} us, {line['all_reduce_us']} of them communication, "
+                f"{line['speedup']} times as fast as one",
                 flush=True,
             )
         count *= 2

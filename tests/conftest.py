@@ -20,15 +20,15 @@ REQUIRE_GPU_VARIABLE = "JAX_INT4MM_REQUIRE_GPU"
 CPU_DEVICES = 8
 
 
-def why_no_gpu() -> str | None:
-    """Why tests marked gpu cannot run here, or None if they can."""
+def why_no_gpu(count: int = 1) -> str | None:
+    """Why tests marked gpu(count) cannot run here, or None if they can."""
     try:
-        jax.devices("cuda")
+        found = len(jax.devices("cuda"))
     except RuntimeError as error:
         return f"no NVIDIA GPU for JAX: {error}"
     if not _ffi.has_cuda_kernels():
         return "this build of jax_int4mm has no CUDA kernels: install it with JAX_INT4MM_CUDA=ON"
-    return None
+    return f"{found} of the {count} GPUs that it needs" if found < count else None
 
 
 def pytest_configure() -> None:
@@ -56,13 +56,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") is None:
-        return
-    reason = why_no_gpu()
+    needed = max((marker.args[0] if marker.args else 1 for marker in item.iter_markers("gpu")), default=0)
+    reason = why_no_gpu(needed) if needed else None
     if reason is None:
         return
-    if os.environ.get(REQUIRE_GPU_VARIABLE) == "1":
-        pytest.fail(f"{REQUIRE_GPU_VARIABLE}=1 and {reason}", pytrace=False)
+    required = os.environ.get(REQUIRE_GPU_VARIABLE, "0")
+    if int(required) >= needed:
+        pytest.fail(f"{REQUIRE_GPU_VARIABLE}={required} and {reason}", pytrace=False)
     pytest.skip(reason)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compute_on import compute_on
 
 import cases
 import jax_int4mm as i4
@@ -88,22 +89,27 @@ def test_a_stack_of_layers_is_a_cuda_graph(
     assert launched == {"graphs": 1, "ran": 2 * LAYERS}
 
 
-def test_threads_that_call_at_the_same_time(gpu: jax.Device, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.gpu(2))])
+def test_threads_that_call_at_the_same_time(devices: int, rng: np.random.Generator) -> None:
     threads, calls = 4, 1000
-    weights = [jax.device_put(int4_weight(cases.random_weight(rng, n, k, 64, 8)), gpu) for n, k in SIZES]
-    xs = [jax.device_put(cases.random_x(rng, (m, w4.k)), gpu) for w4 in weights for m in (1, 8, 33, 200)]
-    pairs = [(x, weights[i // 4]) for i, x in enumerate(xs)]
+    weights = [int4_weight(cases.random_weight(rng, n, k, 64, 8)) for n, k in SIZES]
+    pairs = [(cases.random_x(rng, (m, w4.k)), w4) for w4 in weights for m in (1, 8, 33, 200)]
+    on_each = [jax.device_put(pairs, device) for device in jax.devices("cuda")[:devices]]
     f = jax.jit(lambda x, w4: x @ w4)
-    expected = [f(x, w4) for x, w4 in pairs]
+    expected = [[f(x, w4) for x, w4 in pairs] for pairs in on_each]
+    for other in expected[1:]:
+        for a, b in zip(expected[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
     wrong: list[str] = []
 
     def work(seed: int) -> None:
-        order = np.random.default_rng(seed).integers(len(pairs), size=calls)
-        differ = jnp.zeros((), jnp.int32)
-        for i in order:
-            differ += (f(*pairs[i]) != expected[i]).sum()
-        if int(differ):
-            wrong.append(f"thread {seed}: {int(differ)} elements")
+        rng = np.random.default_rng(seed)
+        differ = [jnp.zeros((), jnp.int32, device=next(iter(ys[0].devices()))) for ys in expected]
+        for device, i in zip(rng.integers(devices, size=calls), rng.integers(len(pairs), size=calls), strict=True):
+            differ[device] += (f(*on_each[device][i]) != expected[device][i]).sum()
+        wrong.extend(
+            f"thread {seed}, device {i}: {int(count)} elements" for i, count in enumerate(differ) if int(count)
+        )
 
     workers = [threading.Thread(target=work, args=(seed,)) for seed in range(threads)]
     for worker in workers:
@@ -111,6 +117,37 @@ def test_threads_that_call_at_the_same_time(gpu: jax.Device, rng: np.random.Gene
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+def test_calls_on_several_streams_of_a_program(
+    gpu: jax.Device, rng: np.random.Generator, tmp_path: pathlib.Path
+) -> None:
+    weights = [jax.device_put(int4_weight(cases.random_weight(rng, 1024, 1024, 64, 8)), gpu) for _ in range(3)]
+    x = jax.device_put(cases.random_x(rng, (64, 1024)), gpu)
+
+    def on_stream(stream: int, x: jax.Array, w4: i4.Int4Weight) -> jax.Array:
+        return compute_on(f"gpu_stream:{stream}")(jax.jit(lambda x, w4: x @ w4))(x, w4)
+
+    @jax.jit
+    def program(x: jax.Array, weights: list[i4.Int4Weight]) -> jax.Array:
+        first, second, last = weights
+        return jnp.tanh(on_stream(1, x, first) + on_stream(2, x, second)) @ last
+
+    first, second, last = weights
+    expected = np.asarray(jax.jit(lambda: jnp.tanh(x @ first + x @ second) @ last)())
+    for _ in range(20):
+        np.testing.assert_array_equal(program(x, weights), expected)
+    with jax.profiler.trace(str(tmp_path)):
+        program(x, weights).block_until_ready()
+    (trace,) = tmp_path.rglob("*.xplane.pb")
+    streams = {
+        line.name
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+        if plane.name.startswith("/device:GPU")
+        for line in plane.lines
+        if line.name.startswith("Stream") and any("int4mm::" in event.name for event in line.events)
+    }
+    assert len(streams) == 3, streams
 
 
 def test_a_call_does_not_wait_for_the_device(gpu: jax.Device, rng: np.random.Generator) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import socket
 import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 PROCESSES = 2
-DEVICES_OF_EACH = 2
+DEVICES_OF_EACH = {"cpu": 2, "cuda": 1}
 
 # A tensor-parallel MLP over all devices of all processes; each process saves the part of the result that it has.
 RUN_MLP = """
@@ -18,9 +20,10 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import jax_int4mm as i4
-address, processes, process, devices, folder, seed = sys.argv[1:]
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", int(devices))
+platform, address, processes, process, devices, folder, seed = sys.argv[1:]
+jax.config.update("jax_platforms", platform)
+if platform == "cpu":
+    jax.config.update("jax_num_cpu_devices", int(devices))
 if int(processes) > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, int(processes), int(process))
@@ -56,17 +59,22 @@ def free_address() -> str:
         return f"127.0.0.1:{s.getsockname()[1]}"
 
 
-def run(folder: pathlib.Path, processes: int, devices: int, seed: int) -> dict[str, np.ndarray]:
+def run(folder: pathlib.Path, platform: str, processes: int, devices: int, seed: int) -> dict[str, np.ndarray]:
     folder.mkdir()
     address = free_address()
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", RUN_MLP, address, str(processes), str(i), str(devices), str(folder), str(seed)],
-            stderr=subprocess.PIPE,
-            text=True,
+    started = []
+    for i in range(processes):
+        arguments = platform, address, str(processes), str(i), str(devices), str(folder), str(seed)
+        environment = {
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": ",".join(str(i * devices + j) for j in range(devices)),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # This process may hold most of a GPU's memory.
+        }
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", RUN_MLP, *arguments], stderr=subprocess.PIPE, text=True, env=environment
+            )
         )
-        for i in range(processes)
-    ]
     try:
         for process in started:
             _, errors = process.communicate(timeout=240)
@@ -77,10 +85,14 @@ def run(folder: pathlib.Path, processes: int, devices: int, seed: int) -> dict[s
     return {path.stem: np.load(path) for path in folder.glob("*.npy")}
 
 
-def test_a_tensor_parallel_mlp_over_two_processes(rng: np.random.Generator, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(2))])
+def test_a_tensor_parallel_mlp_over_two_processes(
+    platform: str, rng: np.random.Generator, tmp_path: pathlib.Path
+) -> None:
     seed = int(rng.integers(2**31))
-    several = run(tmp_path / "several", PROCESSES, DEVICES_OF_EACH, seed)
-    one = run(tmp_path / "one", 1, PROCESSES * DEVICES_OF_EACH, seed)
+    devices = DEVICES_OF_EACH[platform]
+    several = run(tmp_path / "several", platform, PROCESSES, devices, seed)
+    one = run(tmp_path / "one", platform, 1, PROCESSES * devices, seed)
     assert sorted(several) == ["Auto-0", "Auto-1", "Explicit-0", "Explicit-1"]
     for name, y in several.items():
         np.testing.assert_allclose(y, one[f"{name.split('-')[0]}-0"], rtol=2**-7, atol=1e-2, err_msg=name)

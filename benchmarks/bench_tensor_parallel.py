@@ -5,11 +5,11 @@
 The linear layers of one block of Llama-3 70B: fused qkv, gate and up divided by columns, o and down by rows; what is
 between them is left out. A jitted program runs them again and again, each time on what came out before and on weights
 that are not in a cache; a figure is what one time more costs, the median of a long program less that of a short one,
-so that starting a program does not count. `all_reduce_us` is the share of communication, as JAX's profiler reports it
-for the device that waits least.
+so that starting a program does not count. `products_us` and `all_reduce_us` are the shares of int4 kernels and of
+communication, as JAX's profiler reports them, each for the device that spends least on them.
 
-`--all-reduce xla` lets XLA communicate small results by kernels of its own in place of NCCL's; `--accum-dtype bfloat16`
-adds up parts of 16 bits.
+XLA_FLAGS, which is written down too, may change how XLA communicates; `--accum-dtype bfloat16` adds up parts of 16
+bits.
 
 On CPUs (--cpu-devices) it runs small layers, to show that it works; such figures say nothing.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import os
 import pathlib
 import statistics
 import tempfile
@@ -49,10 +50,8 @@ GROUP_SIZE = 128
 BLOCKS = 2  # Of 430 MB each.
 REPEATS = (4, 20)  # Of a short program and of a long one.
 SAMPLES = 15
-ALL_REDUCE_OPTIONS: Mapping[str, dict[str, str | bool]] = {
-    "nccl": {},
-    "xla": {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": True},
-}
+# In names of NCCL's kernels, and of those that XLA makes for an all-reduce of jax.lax.psum.
+COLLECTIVE_KERNELS = ("nccl", "psum", "all_reduce", "all-reduce")
 
 Layers = Mapping[str, tuple[int, int, P]]
 Block = Mapping[str, i4.Int4Weight]
@@ -90,25 +89,23 @@ def gate_up_and_down(x: jax.Array, block: Block, accum_dtype: str) -> jax.Array:
 PARTS = {"qkv, o": qkv_and_o, "up, down": up_and_down, "gate, up, down": gate_up_and_down}
 
 
-def communication_us(program: jax.stages.Compiled, operands: tuple[object, ...]) -> float:
-    """Microseconds of collectives in one execution, on the GPU that spends least on them."""
+def device_us(program: jax.stages.Compiled, operands: tuple[object, ...]) -> tuple[float, float]:
+    """Microseconds of int4 products and of collectives in one execution, each on the GPU that spends least on them."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(program(*operands))
         (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(trace))
-        of_each = [
-            sum(
-                event.duration_ns / 1e3
-                for line in plane.lines
-                if line.name.startswith("Stream")
-                for event in line.events
-                if "nccl" in event.name.lower() or "allreduce" in event.name.lower().replace("_", "").replace("-", "")
-            )
+        kernels = [
+            [(event.name, event.duration_ns / 1e3) for line in plane.lines for event in line.events]
             for plane in profile.planes
             if plane.name.startswith("/device:GPU")
         ]
-    return min(of_each, default=0.0)
+
+    def least(names: Sequence[str]) -> float:
+        return min((sum(us for kernel, us in of if any(n in kernel for n in names)) for of in kernels), default=0.0)
+
+    return least(["int4mm::"]), least(COLLECTIVE_KERNELS)
 
 
 def median_us(program: jax.stages.Compiled, operands: tuple[object, ...]) -> float:
@@ -122,15 +119,16 @@ def median_us(program: jax.stages.Compiled, operands: tuple[object, ...]) -> flo
 
 
 def measure(
-    devices: Sequence[jax.Device], layers: Layers, ms: Sequence[int], all_reduces: Sequence[str], dtypes: Sequence[str]
+    devices: Sequence[jax.Device], layers: Layers, ms: Sequence[int], accum_dtypes: Sequence[str]
 ) -> Iterator[dict[str, object]]:
-    """A line for each part of a block, m, and way to communicate, if there is anything to communicate."""
+    """A line for each part of a block, m, and dtype of what is communicated, if anything is."""
     mesh = Mesh(np.array(devices), ("part",), axis_types=(AxisType.Auto,))
     everywhere = NamedSharding(mesh, P())
     blocks = [make_block(jax.random.key(i), layers, mesh) for i in range(BLOCKS)]
     hidden = layers["qkv"][1]
-    ways = list(itertools.product(all_reduces, dtypes)) if len(devices) > 1 else [("none", "float32")]
-    for m, (name, part), (all_reduce, accum_dtype) in itertools.product(ms, PARTS.items(), ways):
+    if len(devices) == 1:
+        accum_dtypes = ["float32"]
+    for m, (name, part), accum_dtype in itertools.product(ms, PARTS.items(), accum_dtypes):
         x = jax.device_put(jax.random.normal(jax.random.key(m), (m, hidden), jnp.bfloat16), everywhere)
 
         def run(repeats: int, x: jax.Array, blocks: list[Block], part=part, accum_dtype=accum_dtype) -> jax.Array:
@@ -140,20 +138,20 @@ def measure(
             return x
 
         short, long = (
-            jax.jit(functools.partial(run, repeats), out_shardings=everywhere)
-            .lower(x, blocks)
-            .compile(compiler_options=ALL_REDUCE_OPTIONS.get(all_reduce, {}))
+            jax.jit(functools.partial(run, repeats), out_shardings=everywhere).lower(x, blocks).compile()
             for repeats in REPEATS
         )
         us = (median_us(long, (x, blocks)) - median_us(short, (x, blocks))) / (REPEATS[1] - REPEATS[0])
+        products, all_reduce = device_us(long, (x, blocks))
         yield {
             "layers": name,
             "m": m,
             "devices": len(devices),
-            "all_reduce": all_reduce,
             "accum_dtype": accum_dtype,
             "us": round(us, 2),
-            "all_reduce_us": round(communication_us(long, (x, blocks)) / REPEATS[1], 2),
+            "products_us": round(products / REPEATS[1], 2),
+            "all_reduce_us": round(all_reduce / REPEATS[1], 2),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "device": devices[0].device_kind,
             "jax": jax.__version__,
         }
@@ -163,7 +161,6 @@ def main() -> None:
     """Run the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--m", type=int, nargs="+", default=[1, 16, 512, 4096])
-    parser.add_argument("--all-reduce", nargs="+", choices=ALL_REDUCE_OPTIONS, default=list(ALL_REDUCE_OPTIONS))
     parser.add_argument("--accum-dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--cpu-devices", type=int, help="so many devices of the CPU, and small layers")
     parser.add_argument("--output", type=pathlib.Path, help="the CSV to write")
@@ -174,18 +171,19 @@ def main() -> None:
         jax.config.update("jax_num_cpu_devices", arguments.cpu_devices)
         layers = {name: (n // 16, k // 16, spec) for name, (n, k, spec) in LLAMA_70B.items()}
     table: list[dict[str, object]] = []
-    alone: dict[tuple[object, object], float] = {}
+    alone: dict[tuple[object, object], dict[str, object]] = {}
     count = 1
     while count <= jax.device_count():
-        for line in measure(jax.devices()[:count], layers, arguments.m, arguments.all_reduce, arguments.accum_dtype):
-            us = float(str(line["us"]))
-            one = alone.setdefault((line["layers"], line["m"]), us)
-            line["speedup"] = round(one / us, 3)
+        for line in measure(jax.devices()[:count], layers, arguments.m, arguments.accum_dtype):
+            one = alone.setdefault((line["layers"], line["m"]), line)
+            for key in ("us", "products_us"):
+                of_one, of_several = float(str(one[key])), float(str(line[key]))
+                line[f"speedup_of_{key}"] = round(of_one / of_several, 3) if of_several else ""
             table.append(line)
             print(
-                f"{line['layers']:14s} m={line['m']:<5} {count} devices, all-reduce {line['all_reduce']:4s} "
-                f"{line['accum_dtype']:8s} {us:10.1f} us, {line['all_reduce_us']} of them communication, "
-                f"{line['speedup']} times as fast as one",
+                f"{line['layers']:14s} m={line['m']:<5} {count} devices {line['accum_dtype']:8s} {line['us']:10} us "
+                f"({line['products_us']} of products, {line['all_reduce_us']} of communication): "
+                f"{line['speedup_of_us']} times as fast as one, products {line['speedup_of_products_us']} times",
                 flush=True,
             )
         count *= 2

@@ -126,7 +126,10 @@ def test_calls_on_several_streams_of_a_program(
     x = jax.device_put(cases.random_x(rng, (64, 1024)), gpu)
 
     def on_stream(stream: int, x: jax.Array, w4: i4.Int4Weight) -> jax.Array:
-        return compute_on(f"gpu_stream:{stream}")(jax.jit(lambda x, w4: x @ w4))(x, w4)
+        product = compute_on(
+            lambda x, w4: x @ w4, compute_type=f"gpu_stream:{stream}", out_memory_spaces=jax.memory.Space.Device
+        )
+        return product(x, w4)
 
     @jax.jit
     def program(x: jax.Array, weights: list[i4.Int4Weight]) -> jax.Array:

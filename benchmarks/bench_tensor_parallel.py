@@ -48,7 +48,10 @@ LLAMA_70B = {
 KV_HEADS = 8  # Each with its queries side by side in qkv, so that devices have heads of their own.
 GROUP_SIZE = 128
 BLOCKS = 2  # Of 430 MB each.
-REPEATS = (4, 20)  # Of a short program and of a long one.
+# Of a short program and of a long one. Of few tokens more, since starting varies by more than such a block takes.
+REPEATS = (4, 20)
+REPEATS_OF_FEW = (20, 100)
+FEW = 64
 SAMPLES = 15
 # In names of NCCL's kernels, and of those that XLA makes for an all-reduce of jax.lax.psum.
 COLLECTIVE_KERNELS = ("nccl", "psum", "all_reduce", "all-reduce")
@@ -97,13 +100,20 @@ def device_us(program: jax.stages.Compiled, operands: tuple[object, ...]) -> tup
         (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(trace))
         kernels = [
-            [(event.name, event.duration_ns / 1e3) for line in plane.lines for event in line.events]
+            [
+                (event.name, event.duration_ns / 1e3)
+                for line in plane.lines
+                if line.name.startswith("Stream")
+                for event in line.events
+            ]
             for plane in profile.planes
             if plane.name.startswith("/device:GPU")
         ]
 
     def least(names: Sequence[str]) -> float:
-        return min((sum(us for kernel, us in of if any(n in kernel for n in names)) for of in kernels), default=0.0)
+        return min(
+            (sum(us for kernel, us in of if any(n in kernel for n in names)) for of in kernels if of), default=0.0
+        )
 
     return least(["int4mm::"]), least(COLLECTIVE_KERNELS)
 
@@ -129,6 +139,7 @@ def measure(
     if len(devices) == 1:
         accum_dtypes = ["float32"]
     for m, (name, part), accum_dtype in itertools.product(ms, PARTS.items(), accum_dtypes):
+        lengths = REPEATS_OF_FEW if m <= FEW else REPEATS
         x = jax.device_put(jax.random.normal(jax.random.key(m), (m, hidden), jnp.bfloat16), everywhere)
 
         def run(repeats: int, x: jax.Array, blocks: list[Block], part=part, accum_dtype=accum_dtype) -> jax.Array:
@@ -139,9 +150,9 @@ def measure(
 
         short, long = (
             jax.jit(functools.partial(run, repeats), out_shardings=everywhere).lower(x, blocks).compile()
-            for repeats in REPEATS
+            for repeats in lengths
         )
-        us = (median_us(long, (x, blocks)) - median_us(short, (x, blocks))) / (REPEATS[1] - REPEATS[0])
+        us = (median_us(long, (x, blocks)) - median_us(short, (x, blocks))) / (lengths[1] - lengths[0])
         products, all_reduce = device_us(long, (x, blocks))
         yield {
             "layers": name,
@@ -149,8 +160,8 @@ def measure(
             "devices": len(devices),
             "accum_dtype": accum_dtype,
             "us": round(us, 2),
-            "products_us": round(products / REPEATS[1], 2),
-            "all_reduce_us": round(all_reduce / REPEATS[1], 2),
+            "products_us": round(products / lengths[1], 2),
+            "all_reduce_us": round(all_reduce / lengths[1], 2),
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "device": devices[0].device_kind,
             "jax": jax.__version__,

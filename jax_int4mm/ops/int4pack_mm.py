@@ -98,7 +98,6 @@ def resolve_implementation(implementation: str | None) -> str | None:
 @functools.partial(
     jax.jit,
     static_argnames=("group_size", "implementation", "preferred_element_type", "accum_dtype", "out_sharding"),
-    inline=True,  # In a larger program a function of its own is in XLA's way: it has none on an annotated stream.
 )
 def _int4pack_mm(
     x: jax.Array,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import threading
 from collections.abc import Callable
@@ -10,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compute_on import compute_on
 
 import cases
 import jax_int4mm as i4
@@ -119,38 +119,36 @@ def test_threads_that_call_at_the_same_time(devices: int, rng: np.random.Generat
     assert not wrong
 
 
-def test_calls_on_several_streams_of_a_program(
-    gpu: jax.Device, rng: np.random.Generator, tmp_path: pathlib.Path
-) -> None:
-    weights = [jax.device_put(int4_weight(cases.random_weight(rng, 1024, 1024, 64, 8)), gpu) for _ in range(3)]
-    x = jax.device_put(cases.random_x(rng, (64, 1024)), gpu)
-
-    def on_stream(stream: int, x: jax.Array, w4: i4.Int4Weight) -> jax.Array:
-        product = compute_on(
-            lambda x, w4: x @ w4, compute_type=f"gpu_stream:{stream}", out_memory_spaces=jax.memory.Space.Device
-        )
-        return product(x, w4)
+def test_calls_side_by_side_in_a_cuda_graph(gpu: jax.Device, rng: np.random.Generator, tmp_path: pathlib.Path) -> None:
+    weights = [jax.device_put(int4_weight(cases.random_weight(rng, 256, 4096, 64, 8)), gpu) for _ in range(16)]
+    x = jax.device_put(cases.random_x(rng, (64, 4096)), gpu)
 
     @jax.jit
-    def program(x: jax.Array, weights: list[i4.Int4Weight]) -> jax.Array:
-        first, second, last = weights
-        return jnp.tanh(on_stream(1, x, first) + on_stream(2, x, second)) @ last
+    def program(x: jax.Array, weights: list[i4.Int4Weight]) -> list[jax.Array]:
+        return [x @ w4 for w4 in weights]
 
-    first, second, last = weights
-    expected = np.asarray(jax.jit(lambda: jnp.tanh(x @ first + x @ second) @ last)())
+    expected = program.lower(x, weights).compile(compiler_options=NEVER)(x, weights)
+    options = {**ALWAYS, "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+    side_by_side = program.lower(x, weights).compile(compiler_options=options)
     for _ in range(20):
-        np.testing.assert_array_equal(program(x, weights), expected)
+        for y, of_one in zip(side_by_side(x, weights), expected, strict=True):
+            np.testing.assert_array_equal(y, of_one)
     with jax.profiler.trace(str(tmp_path)):
-        program(x, weights).block_until_ready()
+        jax.block_until_ready(side_by_side(x, weights))
     (trace,) = tmp_path.rglob("*.xplane.pb")
-    streams = {
-        line.name
+    kernels = sorted(
+        (event.start_ns, event.start_ns + event.duration_ns)
         for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
         if plane.name.startswith("/device:GPU")
         for line in plane.lines
-        if line.name.startswith("Stream") and any("int4mm::" in event.name for event in line.events)
-    }
-    assert len(streams) == 3, streams
+        if line.name.startswith("Stream")
+        for event in line.events
+        if "int4mm::" in event.name
+    )
+    assert len(kernels) == len(weights)
+    assert any(start < end for (_, end), (start, _) in itertools.pairwise(kernels)), (
+        "no two kernels ran at the same time"
+    )
 
 
 def test_a_call_does_not_wait_for_the_device(gpu: jax.Device, rng: np.random.Generator) -> None:

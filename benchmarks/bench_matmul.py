@@ -95,13 +95,16 @@ def host_overhead(group_size: int) -> Iterator[tuple[Contender, str, Timing]]:
     layer = Int4Layer(256, 256, group_size)
     w4 = peers.random_weight(jax.random.key(0), layer.n, layer.k, group_size)
     (x,) = peers.activations(1, layer.k, 1)
-    eager = functools.partial(i4.int4pack_mm, group_size=group_size)
-    operands = (x, w4.packed, w4.scales_and_zeros)
-    for name, call in (("host eager", eager), ("host jitted", jax.jit(eager))):
-        yield Contender(name, {}, 1, group_size), "int4pack_mm", time_host(functools.partial(call, *operands))
     w = peers.random_bf16(jax.random.key(0), layer.k, layer.n)
-    for name, dot in (("host eager", jnp.matmul), ("host jitted", jax.jit(jnp.matmul))):
-        yield Contender(name, {}, 1, None), "bf16", time_host(functools.partial(dot, x, w))
+    int4 = functools.partial(i4.int4pack_mm, group_size=group_size), (x, w4.packed, w4.scales_and_zeros)
+    bf16 = jnp.matmul, (x, w)
+    rows = []
+    for f, operands in (int4, bf16):
+        kernel, its_group_size = ("bf16", None) if f is jnp.matmul else ("int4pack_mm", group_size)
+        for name, call in (("host eager", f), ("host jitted", jax.jit(f))):
+            rows.append((Contender(name, {}, 1, its_group_size), kernel, functools.partial(call, *operands)))
+    for (contender, kernel, _), timing in zip(rows, time_host([call for _, _, call in rows]), strict=True):
+        yield contender, kernel, timing
 
 
 def describe_run(chosen: set[str], commit: str | None) -> dict[str, str]:

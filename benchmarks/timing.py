@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 ROTATED_BYTES = 256 * 2**20
-EXECUTIONS = 9  # Samples of a GPU figure, and of host time.
-ROUNDS = 25  # Samples of a CPU figure, which vary more.
+EXECUTIONS = 9  # Samples of a GPU figure.
+ROUNDS = 25  # Samples of a figure of the CPU's clock, which vary more.
 ROUNDS_TO_WARM_UP = 2
 QUEUED_CALLS = 200
 
@@ -170,13 +170,19 @@ def time_in_turn(contenders: Sequence[Calls]) -> list[Timing]:
     return [Timing(us[ROUNDS_TO_WARM_UP:], "wall time, in turn") for us in samples]
 
 
-def time_host(call: Callable[[], jax.Array]) -> Timing:
-    """Time that the calling thread spends on one call: many are queued, and waited for after the clock has stopped."""
-    call().block_until_ready()
-    samples = []
-    for _ in range(EXECUTIONS):
-        start = time.perf_counter()
-        results = [call() for _ in range(QUEUED_CALLS)]
-        samples.append((time.perf_counter() - start) * 1e6 / QUEUED_CALLS)
-        jax.block_until_ready(results)
-    return Timing(samples, f"wall time of {QUEUED_CALLS} queued calls")
+def time_host(calls: Sequence[Callable[[], jax.Array]]) -> list[Timing]:
+    """Time that the calling thread spends on one call: many are queued, and waited for after the clock has stopped.
+
+    The calls take turns, so that a busy machine slows all of them alike.
+    """
+    for call in calls:
+        call().block_until_ready()
+    samples: list[list[float]] = [[] for _ in calls]
+    for i in range(ROUNDS):
+        for j in range(len(calls)):
+            contender = (i + j) % len(calls)
+            start = time.perf_counter()
+            results = [calls[contender]() for _ in range(QUEUED_CALLS)]
+            samples[contender].append((time.perf_counter() - start) * 1e6 / QUEUED_CALLS)
+            jax.block_until_ready(results)
+    return [Timing(us, f"wall time of {QUEUED_CALLS} queued calls, in turn") for us in samples]

@@ -13,7 +13,7 @@ import acceptance
 import cases
 import jax_int4mm as i4
 
-CPU_IMPLEMENTATIONS = ("avx512_bf16", "avx512_bf16/panel-4x6", "avx512", "avx2", "neon", "scalar")
+CPU_IMPLEMENTATIONS = ("amx", "avx512_bf16", "avx512_bf16/panel-4x6", "avx512", "avx2", "neon", "scalar")
 CUDA_IMPLEMENTATIONS = (
     "decode",
     "decode/32x8",
@@ -75,7 +75,7 @@ class Kernel:
 
     def takes(self, weight: cases.Weight) -> bool:
         """Whether it is documented to take this layout and dtype."""
-        if (self.implementation or "").startswith("avx512_bf16"):
+        if (self.implementation or "").startswith(("amx", "avx512_bf16")):
             return weight.dtype == "bfloat16"
         return weight.inner_k_tiles == 8 or not (self.implementation or "").startswith("decode")
 

@@ -6,7 +6,7 @@
 
 namespace int4mm::cpu {
 
-enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16, kNeon };
+enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx, kNeon };
 
 constexpr const char* IsaName(Isa isa) {
   switch (isa) {
@@ -18,17 +18,20 @@ constexpr const char* IsaName(Isa isa) {
       return "avx512";
     case Isa::kAvx512Bf16:
       return "avx512_bf16";
+    case Isa::kAmx:
+      return "amx";
     case Isa::kNeon:
       return "neon";
   }
   return "";
 }
 
-constexpr bool Is512Bits(Isa isa) { return isa == Isa::kAvx512 || isa == Isa::kAvx512Bf16; }
+constexpr bool MultipliesPairs(Isa isa) { return isa == Isa::kAvx512Bf16 || isa == Isa::kAmx; }
+constexpr bool Is512Bits(Isa isa) { return isa == Isa::kAvx512 || MultipliesPairs(isa); }
 constexpr bool Has32Registers(Isa isa) { return Is512Bits(isa) || isa == Isa::kNeon; }
 
-// The one whose instructions multiply pairs of bfloat16 has none for float16.
-constexpr bool Multiplies(Isa isa, DType dtype) { return isa != Isa::kAvx512Bf16 || dtype == DType::kBFloat16; }
+// Those whose instructions multiply pairs of bfloat16 have none for float16.
+constexpr bool Multiplies(Isa isa, DType dtype) { return !MultipliesPairs(isa) || dtype == DType::kBFloat16; }
 
 // Rows of w by tokens whose sums are in registers. Rows are 4 or 8: they divide the 8 of a packed tile.
 struct RegisterBlock {
@@ -38,7 +41,10 @@ struct RegisterBlock {
 
 // Up to this many tokens each weight goes from its table straight to the sums; with more, w is written to a panel in
 // cache first. Measured on Zen 4: where registers are few, writing the panel pays at once.
-constexpr int MaxDirectTokens(Isa isa) { return Has32Registers(isa) ? 8 : 1; }
+constexpr int MaxDirectTokens(Isa isa) { return isa == Isa::kAmx ? 0 : Has32Registers(isa) ? 8 : 1; }
+
+// From so many tokens on kAmx is chosen, where the CPU has it: tiles take 16 of them in the time of one.
+inline constexpr int kFewestTileTokens = 4;
 
 // Where kAvx512Bf16 multiplies few tokens by weights that are not rounded: groups so small that their tables are most
 // of the work. k is gone through in units of four groups.
@@ -58,6 +64,8 @@ constexpr RegisterBlock PanelBlock(Isa isa) {
     case Isa::kAvx512Bf16:
     case Isa::kNeon:
       return {4, 6};  // 24 of 32 registers hold sums.
+    case Isa::kAmx:
+      return {32, 32};  // Four of eight tiles hold sums.
     case Isa::kAvx2:
       return {4, 3};  // 12 of 16.
     case Isa::kScalar:
@@ -71,5 +79,11 @@ constexpr RegisterBlock PanelBlock(Isa isa) {
 inline constexpr int kPanelRows = 8;
 inline constexpr int kDirectRows = 32;  // Of whose slabs the sums are kept while w goes straight to them.
 inline constexpr int kSlab = 512;       // Lanes of 32 bits; a multiple of every group size and of every tile of k.
+
+// A tile register is a matrix of so many rows, each of so many lanes of 32 bits. A panel for tiles is 64 KiB, and stays
+// in an L2 cache.
+inline constexpr int kTileEdge = 16;
+inline constexpr int kTileBlockRows = PanelBlock(Isa::kAmx).rows;
+constexpr int64_t WholeTiles(int64_t size) { return (size + kTileEdge - 1) / kTileEdge * kTileEdge; }
 
 }  // namespace int4mm::cpu

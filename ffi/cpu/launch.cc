@@ -24,6 +24,8 @@ int64_t WholeLines(int64_t floats) {
 const Kernel& KernelOf(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
+    case Isa::kAmx:
+      return kAmxKernel;
     case Isa::kAvx512Bf16:
       return kAvx512Bf16Kernel;
     case Isa::kAvx512:
@@ -53,20 +55,52 @@ Operands OperandsOf(const Problem& p, const Operands& all, int64_t product) {
   return one;
 }
 
-// What kAvx512Bf16 cannot multiply, on the same blocking.
+// What pairs of bfloat16 cannot multiply, on the same blocking.
 Status LaunchFullRange(const Problem& problem, const Plan& plan, const Operands& operands, ThreadPool& pool) {
   static_assert(MaxDirectTokens(Isa::kAvx512Bf16) <= MaxDirectTokens(Isa::kAvx512));
   Plan full_range = plan;
   full_range.isa = Isa::kAvx512;
   if (plan.path == Path::kExact) full_range.path = Path::kDirect;
+  if (plan.path == Path::kTiles) full_range.path = Path::kPanel;
   return Launch(problem, full_range, operands, pool);
+}
+
+// The functions of a kernel that a path takes.
+struct Way {
+  void (*order)(const MatmulArgs& args, int64_t begin, int64_t end);
+  void (*multiply)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
+};
+
+Way WayOf(const Kernel& kernel, Path path) {
+  switch (path) {
+    case Path::kDirect:
+      return {kernel.order_activations, kernel.direct};
+    case Path::kExact:
+      return {kernel.order_exact, kernel.exact};
+    case Path::kTiles:
+      return {kernel.order_tiles, kernel.tiles};
+    case Path::kPanel:
+      break;
+  }
+  return {kernel.order_activations, kernel.panel};
+}
+
+int64_t ScratchFloats(const Kernel& kernel, const Plan& plan, int64_t tokens, int64_t rows) {
+  if (plan.path == Path::kTiles) return TileScratchFloats(tokens, rows);
+  if (plan.path == Path::kPanel) return PanelScratchFloats(tokens, kernel.lanes);
+  return DirectScratchFloats(tokens, kernel.lanes);
 }
 
 }  // namespace
 
 Status Launch(const Problem& problem, const Plan& plan, const Operands& operands, ThreadPool& pool) {
+  return Launch(problem, plan, KernelOf(plan.isa), operands, pool);
+}
+
+Status Launch(const Problem& problem, const Plan& plan, const Kernel& kernel, const Operands& operands,
+              ThreadPool& pool) {
   if (problem.Empty()) return Status();
-  const Kernel& kernel = KernelOf(plan.isa);
+  const Way way = WayOf(kernel, plan.path);
   const int64_t tokens = std::min(plan.tokens_per_pass, problem.m);
   const int64_t tasks = CeilDiv(problem.n, plan.rows_per_task);  // Of one product.
   // Of a batch of small products, some at a time.
@@ -75,14 +109,12 @@ Status Launch(const Problem& problem, const Plan& plan, const Operands& operands
   const int64_t workers = std::max(std::min(pool.num_threads(), products * tasks), int64_t{1});
 
   const int64_t rows = plan.rows_per_task;
-  const int64_t ordered_floats = WholeLines(tokens * problem.k / kernel.pack);
-  const bool exact = plan.path == Path::kExact;
-  const bool panel = plan.path == Path::kPanel;
-  const int64_t groups = exact ? problem.k / problem.group_size : 0;
+  const bool tiles = plan.path == Path::kTiles;
+  const int64_t ordered_floats = WholeLines((tiles ? WholeTiles(tokens) : tokens) * problem.k / kernel.pack);
+  const int64_t groups = plan.path == Path::kExact ? problem.k / problem.group_size : 0;
   // With the tokens' factors and the groups' sums.
   const int64_t activations = ordered_floats + WholeLines(tokens) + WholeLines(groups * tokens);
-  const int64_t scratch =
-      WholeLines(panel ? PanelScratchFloats(tokens, kernel.lanes) : DirectScratchFloats(tokens, kernel.lanes));
+  const int64_t scratch = WholeLines(ScratchFloats(kernel, plan, tokens, std::min(rows, problem.n)));
   const int64_t floats = (problem.shared_x ? 1 : products) * activations + workers * scratch;
   const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
   const std::unique_ptr<float, Free> buffer(
@@ -94,7 +126,8 @@ Status Launch(const Problem& problem, const Plan& plan, const Operands& operands
   bool out_of_range = false;
   float* const first_scratch = buffer.get() + floats - workers * scratch;
 
-  const int64_t step = std::max(kActivationsPerTask / problem.k, int64_t{1});
+  const int64_t some = std::max(kActivationsPerTask / problem.k, int64_t{1});
+  const int64_t step = tiles ? WholeTiles(some) : some;  // Tokens whose activations one task orders.
   for (int64_t first_product = 0; first_product < problem.batch; first_product += products) {
     const int64_t some_products = std::min(products, problem.batch - first_product);
     for (int64_t first_token = 0; first_token < problem.m; first_token += tokens) {
@@ -119,16 +152,14 @@ Status Launch(const Problem& problem, const Plan& plan, const Operands& operands
         const MatmulArgs args = args_of(task / steps);
         const int64_t begin = task % steps * step;
         const int64_t end = std::min(begin + step, some_tokens);
-        const auto order = exact ? kernel.order_exact : kernel.order_activations;
-        for (int64_t token = begin; token < end; ++token) order(args, token);
+        way.order(args, begin, end);
       });
       ParallelFor(pool, some_products * tasks, workers, [&](int64_t task, int64_t worker) {
         const ScopedFloatEnvironment environment;
         const MatmulArgs args = args_of(task / tasks);
         const int64_t begin = task % tasks * rows;
         const int64_t end = std::min(begin + rows, problem.n);
-        const auto multiply = panel ? kernel.panel : exact ? kernel.exact : kernel.direct;
-        multiply(args, begin, end, first_scratch + worker * scratch);
+        way.multiply(args, begin, end, first_scratch + worker * scratch);
       });
       if (__atomic_load_n(&out_of_range, __ATOMIC_RELAXED)) return LaunchFullRange(problem, plan, operands, pool);
     }

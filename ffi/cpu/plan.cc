@@ -5,6 +5,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include "core/ceil_div.h"
@@ -15,6 +19,8 @@ namespace {
 
 constexpr int64_t kProductsPerTask = 256 * 1024;  // Some ten microseconds' work: far more than taking a task costs.
 constexpr int64_t kMaxTokensPerPass = 128;        // Bounds the scratch; dequantising again costs a few per cent.
+constexpr int64_t kTileTasks = 32;                // Where n allows: for the threads of a large machine.
+constexpr int64_t kMaxTileBlocksPerTask = 4;      // Their sums fit in an L2 cache.
 
 std::string Names(const std::vector<Isa>& isas) {
   std::string names;
@@ -28,6 +34,8 @@ const char* PathName(Path path) {
       return "direct";
     case Path::kExact:
       return "exact";
+    case Path::kTiles:
+      return "tiles";
     case Path::kPanel:
       break;
   }
@@ -49,8 +57,7 @@ Plan Block(const Problem& problem, Isa isa, Path path) {
   Plan plan;
   plan.isa = isa;
   plan.path = path;
-  const bool panel = path == Path::kPanel;
-  if (panel) {
+  if (path == Path::kPanel || path == Path::kTiles) {
     const int64_t passes = CeilDiv(tokens, kMaxTokensPerPass);
     plan.block = PanelBlock(isa);
     plan.tokens_per_pass = CeilDiv(CeilDiv(tokens, passes), plan.block.tokens) * plan.block.tokens;
@@ -58,15 +65,29 @@ Plan Block(const Problem& problem, Isa isa, Path path) {
     plan.block = DirectBlock(isa, static_cast<int>(tokens));
     plan.tokens_per_pass = tokens;
   }
-  const int64_t rows = panel ? kPanelRows : kDirectRows;
+  if (path == Path::kTiles) {
+    // A slab of activations comes from a far cache once for all rows of a task.
+    const int64_t blocks = problem.n / (kTileBlockRows * kTileTasks);
+    plan.rows_per_task = kTileBlockRows * std::clamp(blocks, int64_t{1}, kMaxTileBlocksPerTask);
+    return plan;
+  }
+  const int64_t rows = path == Path::kPanel ? kPanelRows : kDirectRows;
   const int64_t products = rows * problem.k * std::min(tokens, plan.tokens_per_pass);
   plan.rows_per_task = rows * std::max(kProductsPerTask / products, int64_t{1});
   return plan;
 }
 
+// What the isa takes if no tile is named.
+Path ChoosePath(const Problem& problem, Isa isa) {
+  if (isa == Isa::kAmx) return Path::kTiles;
+  if (problem.m > MaxDirectTokens(isa)) return Path::kPanel;
+  return HasExact(problem, isa) ? Path::kExact : Path::kDirect;
+}
+
 // The plan whose name is `implementation`, "<isa>/<tile>".
 StatusOr<Plan> PlanTile(const Problem& problem, Isa isa, std::string_view implementation) {
-  std::vector<Plan> plans = {Block(problem, isa, Path::kPanel)};  // It serves every m, so an m that is not known too.
+  // It serves every m, so an m that is not known too.
+  std::vector<Plan> plans = {Block(problem, isa, isa == Isa::kAmx ? Path::kTiles : Path::kPanel)};
   if (problem.m != kUnknownM && problem.m <= MaxDirectTokens(isa)) {
     plans.push_back(Block(problem, isa, Path::kDirect));
     if (HasExact(problem, isa)) plans.push_back(Block(problem, isa, Path::kExact));
@@ -81,6 +102,26 @@ StatusOr<Plan> PlanTile(const Problem& problem, Isa isa, std::string_view implem
                          << names << ". Leave the tile out to choose.";
 }
 
+#if defined(__x86_64__)
+bool HasAmxBf16() {
+  constexpr unsigned kAmxBf16 = 1u << 22;
+  constexpr unsigned kAmxTile = 1u << 24;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAmxBf16) != 0 && (edx & kAmxTile) != 0;
+}
+
+// Linux saves tile registers only of a process that has asked for it.
+bool MayUseTiles() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM, which older headers lack.
+  constexpr int kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 }  // namespace
 
 CpuFeatures DetectCpuFeatures() {
@@ -94,6 +135,7 @@ CpuFeatures DetectCpuFeatures() {
   features.avx512dq = __builtin_cpu_supports("avx512dq");
   features.avx512vl = __builtin_cpu_supports("avx512vl");
   features.avx512bf16 = __builtin_cpu_supports("avx512bf16");
+  features.amx_bf16 = HasAmxBf16() && MayUseTiles();
   // Not every compiler's __builtin_cpu_supports knows F16C. Its instructions use the registers of AVX.
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   features.f16c = __builtin_cpu_supports("avx") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
@@ -107,6 +149,7 @@ std::vector<Isa> SupportedIsas(const CpuFeatures& f) {
   std::vector<Isa> isas;
   const bool avx2 = f.avx2 && f.fma && f.f16c;
   const bool avx512 = avx2 && f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl;
+  if (avx512 && f.avx512bf16 && f.amx_bf16) isas.push_back(Isa::kAmx);
   if (avx512 && f.avx512bf16) isas.push_back(Isa::kAvx512Bf16);
   if (avx512) isas.push_back(Isa::kAvx512);
   if (avx2) isas.push_back(Isa::kAvx2);
@@ -119,7 +162,9 @@ StatusOr<Plan> MakePlan(const Problem& problem, const CpuFeatures& features, std
   if (Status status = Validate(problem); !status.ok()) return status;
 
   const std::vector<Isa> isas = SupportedIsas(features);
-  Isa isa = *std::find_if(isas.begin(), isas.end(), [&](Isa one) { return Multiplies(one, problem.dtype); });
+  Isa isa = *std::find_if(isas.begin(), isas.end(), [&](Isa one) {
+    return Multiplies(one, problem.dtype) && (one != Isa::kAmx || problem.m >= kFewestTileTokens);
+  });
   if (!implementation.empty()) {
     const std::string_view name = implementation.substr(0, implementation.find('/'));
     const auto named = std::find_if(isas.begin(), isas.end(), [&](Isa one) { return name == IsaName(one); });
@@ -136,8 +181,10 @@ StatusOr<Plan> MakePlan(const Problem& problem, const CpuFeatures& features, std
     }
     if (name.size() < implementation.size()) return PlanTile(problem, isa, implementation);
   }
-  if (problem.m > MaxDirectTokens(isa)) return Block(problem, isa, Path::kPanel);
-  return Block(problem, isa, HasExact(problem, isa) ? Path::kExact : Path::kDirect);
+  Plan plan = Block(problem, isa, ChoosePath(problem, isa));
+  plan.any_isa = problem.m == kUnknownM && implementation.empty() && isas.front() == Isa::kAmx &&
+                 Multiplies(isas.front(), problem.dtype);
+  return plan;
 }
 
 std::string LaunchName(const Plan& plan) { return std::string(IsaName(plan.isa)) + "/" + TileName(plan); }
@@ -147,13 +194,21 @@ Explanation Explain(const Problem& problem, const Plan& plan) {
   e.implementation = IsaName(plan.isa);
   e.tile = TileName(plan);
   const bool exact = plan.path == Path::kExact;
+  const bool tiles = plan.path == Path::kTiles;
   const bool panel = plan.path == Path::kPanel;
   e.weights = exact ? "exact" : "rounded";
   std::ostringstream reason;
-  if (problem.m == kUnknownM && !panel) {
+  if (problem.m == kUnknownM && !panel && !tiles) {
     e.tile = "at the call";
     if (exact) e.weights = e.tile;
-    reason << "m is not known when the program is compiled, so the tile is chosen at the call";
+    if (plan.any_isa) e.implementation = "";
+    reason << "m is not known when the program is compiled, so the " << (plan.any_isa ? "kernel and its " : "")
+           << "tile " << (plan.any_isa ? "are" : "is") << " chosen at the call";
+  } else if (tiles) {
+    reason << kTileBlockRows << " rows of w at a time are dequantised into cache and multiplied by up to "
+           << plan.tokens_per_pass << " tokens in the CPU's matrix registers, " << kTileEdge << " rows by " << kTileEdge
+           << " tokens each; for fewer than " << kFewestTileTokens << " tokens \"" << IsaName(Isa::kAvx512Bf16)
+           << "\" is chosen";
   } else if (panel) {
     reason << kPanelRows << " rows of w at a time are dequantised into cache and multiplied by up to "
            << plan.tokens_per_pass << " tokens, " << plan.block.rows << " rows by " << plan.block.tokens
@@ -167,7 +222,7 @@ Explanation Explain(const Problem& problem, const Plan& plan) {
            << "straight to the sums, which are " << plan.block.rows << " rows by " << plan.block.tokens
            << " tokens in registers";
   }
-  if (plan.isa == Isa::kAvx512Bf16) {
+  if (MultipliesPairs(plan.isa)) {
     reason
         << "; where a scale, a zero or an activation is so far from the others that the CPU's bfloat16 products would "
         << "flush it to zero, " << IsaName(Isa::kAvx512) << " multiplies instead, by weights that are rounded";

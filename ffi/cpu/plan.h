@@ -24,6 +24,7 @@ struct CpuFeatures {
   bool avx512dq = false;
   bool avx512vl = false;
   bool avx512bf16 = false;
+  bool amx_bf16 = false;  // And this process may use it.
   bool neon = false;
 };
 
@@ -33,14 +34,15 @@ CpuFeatures DetectCpuFeatures();
 std::vector<Isa> SupportedIsas(const CpuFeatures& features);
 
 // The way of w: from the table straight to the sums, the same with scale and zero applied to the sums of a group, or
-// through a panel in cache.
-enum class Path : uint8_t { kDirect, kExact, kPanel };
+// through a panel in cache, to vectors or to tiles.
+enum class Path : uint8_t { kDirect, kExact, kPanel, kTiles };
 
 struct Plan {
   Isa isa = Isa::kScalar;
   Path path = Path::kDirect;
   RegisterBlock block{0, 0};    // Rows of w by tokens whose sums are in registers.
   int64_t rows_per_task = 0;    // Multiple of 8.
+  bool any_isa = false;         // m is not known, and which one is best depends on it.
   int64_t tokens_per_pass = 0;  // Tokens whose activations are widened at a time; w is read once a pass.
 };
 
@@ -51,7 +53,7 @@ StatusOr<Plan> MakePlan(const Problem& problem, const CpuFeatures& features, std
 Explanation Explain(const Problem& problem, const Plan& plan);
 
 // "<implementation>/<tile>", as `implementation` takes it and last_launch() reports it. The tile is the path of w and
-// the register block, rows of w by tokens: "direct-8x1", "exact-8x1", "panel-4x6".
+// the register block, rows of w by tokens: "direct-8x1", "exact-8x1", "panel-4x6", "tiles-32x32".
 std::string LaunchName(const Plan& plan);
 
 }  // namespace int4mm::cpu

@@ -26,10 +26,21 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#include "tests/emulated_tiles.h"
 #endif
 
 namespace int4mm::cpu {
 namespace {
+
+// Those of this CPU, and matrix registers, which are emulated where it has none.
+CpuFeatures Features() {
+  CpuFeatures features = DetectCpuFeatures();
+  features.amx_bf16 |= features.avx512bf16;
+  return features;
+}
+
+bool IsEmulated(Isa isa) { return isa == Isa::kAmx && !DetectCpuFeatures().amx_bf16; }
 
 // An array whose end is followed by a page that traps, and whose beginning is watched.
 template <typename T>
@@ -275,10 +286,15 @@ std::vector<Bits> Run(const Problem& problem, Operands operands, Isa isa, int64_
   GuardedArray<Bits> y(problem.batch * problem.m * problem.n);
   std::fill(y.begin(), y.end(), kUnwritten);
   operands.y = y.data();
-  const StatusOr<Plan> plan = MakePlan(problem, DetectCpuFeatures(), IsaName(isa) + tile);
+  const StatusOr<Plan> plan = MakePlan(problem, Features(), IsaName(isa) + tile);
   EXPECT(plan.ok()) << plan.status().message();
   StdThreadPool pool(threads);
+#if defined(__x86_64__)
+  const Status status = IsEmulated(isa) ? Launch(problem, *plan, kEmulatedTilesKernel, operands, pool)
+                                        : Launch(problem, *plan, operands, pool);
+#else
   const Status status = Launch(problem, *plan, operands, pool);
+#endif
   EXPECT(status.ok()) << status.message();
   EXPECT(y.BandIntact()) << IsaName(isa) << " wrote before y, " << Name(problem);
   EXPECT(std::find(y.begin(), y.end(), kUnwritten) == y.end())
@@ -365,7 +381,7 @@ std::vector<Problem> Grid() {
 }
 
 bool IsExact(const Problem& problem, Isa isa) {
-  const StatusOr<Plan> plan = MakePlan(problem, DetectCpuFeatures(), IsaName(isa));
+  const StatusOr<Plan> plan = MakePlan(problem, Features(), IsaName(isa));
   EXPECT(plan.ok()) << plan.status().message();
   return Explain(problem, *plan).weights == "exact";
 }
@@ -642,9 +658,12 @@ void TestRangeOfPairs(const std::vector<Isa>& isas, std::mt19937_64& random) {
     bool out_of_range = false;
     float factor;
     std::vector<uint16_t> y(static_cast<size_t>(p.n));
+    const Kernel& tiles = IsEmulated(Isa::kAmx) ? kEmulatedTilesKernel : kAmxKernel;
     const std::unique_ptr<float, void (*)(void*)> x(
-        static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(p.k) * sizeof(float))), std::free);
-    const size_t floats = static_cast<size_t>(PanelScratchFloats(1, kAvx512Bf16Kernel.lanes));
+        static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(WholeTiles(1) * p.k) * sizeof(float))),
+        std::free);
+    const size_t floats =
+        static_cast<size_t>(std::max(PanelScratchFloats(1, kAvx512Bf16Kernel.lanes), TileScratchFloats(1, p.n)));
     const std::unique_ptr<float, void (*)(void*)> scratch(
         static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))), std::free);
     MatmulArgs args;
@@ -657,17 +676,21 @@ void TestRangeOfPairs(const std::vector<Isa>& isas, std::mt19937_64& random) {
     args.out_of_range = &out_of_range;
     std::vector<float> group_sums(static_cast<size_t>(p.k / p.group_size));
     args.group_sums = group_sums.data();
-    kAvx512Bf16Kernel.order_exact(args, 0);
+    kAvx512Bf16Kernel.order_exact(args, 0, 1);
     kAvx512Bf16Kernel.exact(args, 0, p.n, scratch.get());
     const bool exact = out_of_range;
     out_of_range = false;
-    kAvx512Bf16Kernel.order_activations(args, 0);
+    kAvx512Bf16Kernel.order_activations(args, 0, 1);
     const bool x_out_of_range = out_of_range;
     kAvx512Bf16Kernel.direct(args, 0, p.n, scratch.get());
     const bool direct = out_of_range;
     EXPECT(exact == direct);
     out_of_range = x_out_of_range;
     kAvx512Bf16Kernel.panel(args, 0, p.n, scratch.get());
+    EXPECT(direct == out_of_range);
+    out_of_range = false;
+    tiles.order_tiles(args, 0, 1);
+    tiles.tiles(args, 0, p.n, scratch.get());
     EXPECT(direct == out_of_range);
     return direct;
   };
@@ -746,7 +769,7 @@ void TestLargeOffsets(std::mt19937_64& random) {
   args.first_token = kToken;
   args.tokens = 1;
   args.x = ordered.data();
-  kScalarKernel.order_activations(args, 0);
+  kScalarKernel.order_activations(args, 0, 1);
   kScalarKernel.direct(args, large.n - 8, large.n, scratch.get());
   EXPECT(std::equal(expected_y.begin(), expected_y.end(), y.end() - 8)) << "direct";
   std::fill(y.end() - 8, y.end(), kPoison);
@@ -756,10 +779,13 @@ void TestLargeOffsets(std::mt19937_64& random) {
 
 int Main() {
   std::mt19937_64 random(test::Seed());
-  const std::vector<Isa> isas = SupportedIsas(DetectCpuFeatures());
-  for (const Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kNeon, Isa::kScalar}) {
+  const std::vector<Isa> isas = SupportedIsas(Features());
+  for (const Isa isa : {Isa::kAmx, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kNeon, Isa::kScalar}) {
     const bool runs = std::find(isas.begin(), isas.end(), isa) != isas.end();
-    std::cout << (runs ? "testing " : "SKIPPED ") << IsaName(isa) << (runs ? "\n" : ": this CPU does not have it\n");
+    std::cout << (runs ? "testing " : "SKIPPED ") << IsaName(isa)
+              << (!runs             ? ": this CPU does not have it\n"
+                  : IsEmulated(isa) ? ", its registers emulated\n"
+                                    : "\n");
   }
   TestExactTable(random);
   TestWeights(isas, random);

@@ -29,6 +29,12 @@ CpuFeatures Avx512Bf16Cpu() {
   return features;
 }
 
+CpuFeatures AmxCpu() {
+  CpuFeatures features = Avx512Bf16Cpu();
+  features.amx_bf16 = true;
+  return features;
+}
+
 CpuFeatures NeonCpu() {
   CpuFeatures features;
   features.neon = true;
@@ -42,6 +48,8 @@ Problem WithM(int64_t m) {
 }
 
 void TestSupportedIsas() {
+  EXPECT((SupportedIsas(AmxCpu()) ==
+          std::vector<Isa>{Isa::kAmx, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kScalar}));
   EXPECT(
       (SupportedIsas(Avx512Bf16Cpu()) == std::vector<Isa>{Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kScalar}));
   EXPECT((SupportedIsas(Avx512Cpu()) == std::vector<Isa>{Isa::kAvx512, Isa::kAvx2, Isa::kScalar}));
@@ -52,6 +60,9 @@ void TestSupportedIsas() {
 
 // A kernel may use every instruction that its file is compiled for, so it needs all of them.
 void TestEveryFeatureIsNeeded() {
+  CpuFeatures tiles_alone = AmxCpu();
+  tiles_alone.avx512bf16 = false;
+  EXPECT((SupportedIsas(tiles_alone) == SupportedIsas(Avx512Cpu())));
   for (bool CpuFeatures::* feature :
        {&CpuFeatures::avx512f, &CpuFeatures::avx512bw, &CpuFeatures::avx512dq, &CpuFeatures::avx512vl}) {
     CpuFeatures features = Avx512Bf16Cpu();
@@ -75,13 +86,11 @@ void TestChoosesTheBest() {
   const struct {
     CpuFeatures features;
     Isa isa;
-  } machines[] = {{Avx512Bf16Cpu(), Isa::kAvx512Bf16},
-                  {Avx512Cpu(), Isa::kAvx512},
-                  {Avx2Cpu(), Isa::kAvx2},
-                  {NeonCpu(), Isa::kNeon},
-                  {{}, Isa::kScalar}};
+  } machines[] = {{AmxCpu(), Isa::kAmx},       {Avx512Bf16Cpu(), Isa::kAvx512Bf16},
+                  {Avx512Cpu(), Isa::kAvx512}, {Avx2Cpu(), Isa::kAvx2},
+                  {NeonCpu(), Isa::kNeon},     {{}, Isa::kScalar}};
   for (const auto& machine : machines) {
-    const StatusOr<Plan> plan = MakePlan(kProblem, machine.features, "");
+    const StatusOr<Plan> plan = MakePlan(WithM(64), machine.features, "");
     EXPECT(plan.ok()) << plan.status().message();
     EXPECT(plan->isa == machine.isa) << IsaName(plan->isa);
   }
@@ -91,19 +100,48 @@ void TestChoosesTheBest() {
 void TestChoosesByDtype() {
   Problem problem = kProblem;
   problem.dtype = DType::kFloat16;
-  const StatusOr<Plan> plan = MakePlan(problem, Avx512Bf16Cpu(), "");
-  EXPECT(plan.ok() && plan->isa == Isa::kAvx512) << plan.status().message();
-  const StatusOr<Plan> named = MakePlan(problem, Avx512Bf16Cpu(), "avx512_bf16");
-  EXPECT(named.status().code() == StatusCode::kUnimplemented);
-  EXPECT(named.status().message().find("\"avx512_bf16\" multiplies no float16, which \"avx512\" does") !=
-         std::string::npos)
-      << named.status().message();
+  for (const CpuFeatures& features : {AmxCpu(), Avx512Bf16Cpu()}) {
+    const StatusOr<Plan> plan = MakePlan(problem, features, "");
+    EXPECT(plan.ok() && plan->isa == Isa::kAvx512) << plan.status().message();
+  }
+  for (const std::string name : {"amx", "avx512_bf16"}) {
+    const StatusOr<Plan> named = MakePlan(problem, AmxCpu(), name);
+    EXPECT(named.status().code() == StatusCode::kUnimplemented);
+    EXPECT(named.status().message().find("\"" + name + "\" multiplies no float16, which \"avx512\" does") !=
+           std::string::npos)
+        << named.status().message();
+  }
+}
+
+// Few tokens do not fill a tile. While their number is not known, the kernel is not either.
+void TestChoosesTilesByTokens() {
+  const struct {
+    int64_t m;
+    const char* name;
+  } cases[] = {{1, "avx512_bf16/direct-8x1"},
+               {kFewestTileTokens - 1, "avx512_bf16/direct-4x3"},
+               {kFewestTileTokens, "amx/tiles-32x32"},
+               {4096, "amx/tiles-32x32"}};
+  for (const auto& one : cases) {
+    const StatusOr<Plan> plan = MakePlan(WithM(one.m), AmxCpu(), "");
+    EXPECT(plan.ok() && LaunchName(*plan) == one.name) << LaunchName(*plan);
+    EXPECT(Explain(WithM(one.m), *plan).weights == "rounded");
+    EXPECT(Explain(WithM(one.m), *plan).implementation + "/" + Explain(WithM(one.m), *plan).tile == one.name);
+    const StatusOr<Plan> named = MakePlan(WithM(one.m), AmxCpu(), "amx");
+    EXPECT(named.ok() && named->path == Path::kTiles) << named.status().message();
+  }
+  Problem symbolic = WithM(kUnknownM);
+  EXPECT(Explain(symbolic, *MakePlan(symbolic, AmxCpu(), "")).implementation.empty());
+  EXPECT(Explain(symbolic, *MakePlan(symbolic, AmxCpu(), "amx")).implementation == "amx");
+  EXPECT(Explain(symbolic, *MakePlan(symbolic, AmxCpu(), "avx512_bf16")).implementation == "avx512_bf16");
+  symbolic.dtype = DType::kFloat16;
+  EXPECT(Explain(symbolic, *MakePlan(symbolic, AmxCpu(), "")).implementation == "avx512");
 }
 
 void TestTakesTheNamedOne() {
-  for (const Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kScalar}) {
+  for (const Isa isa : {Isa::kAmx, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kScalar}) {
     for (const int64_t m : {int64_t{1}, int64_t{64}, kUnknownM}) {
-      const StatusOr<Plan> plan = MakePlan(WithM(m), Avx512Bf16Cpu(), IsaName(isa));
+      const StatusOr<Plan> plan = MakePlan(WithM(m), AmxCpu(), IsaName(isa));
       EXPECT(plan.ok()) << plan.status().message();
       EXPECT(plan->isa == isa) << IsaName(plan->isa);
     }
@@ -141,10 +179,10 @@ void TestRefusesABadProblem() {
 
 // A plan's own name gives the same plan; every tile serves every m that it says it does.
 void TestNamedTiles() {
-  for (const Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kScalar}) {
+  for (const Isa isa : {Isa::kAmx, Isa::kAvx512, Isa::kAvx2, Isa::kScalar}) {
     for (const int64_t m : {0, 1, 2, 3, 4, 5, 64, 1000}) {
-      const StatusOr<Plan> chosen = MakePlan(WithM(m), Avx512Cpu(), IsaName(isa));
-      const StatusOr<Plan> named = MakePlan(WithM(m), Avx512Cpu(), LaunchName(*chosen));
+      const StatusOr<Plan> chosen = MakePlan(WithM(m), AmxCpu(), IsaName(isa));
+      const StatusOr<Plan> named = MakePlan(WithM(m), AmxCpu(), LaunchName(*chosen));
       EXPECT(named.ok()) << named.status().message();
       EXPECT(named.ok() && LaunchName(*named) == LaunchName(*chosen) && named->rows_per_task == chosen->rows_per_task &&
              named->tokens_per_pass == chosen->tokens_per_pass)
@@ -202,20 +240,26 @@ void TestExact() {
 
 // What the launcher relies on.
 void TestBlocking() {
-  for (const CpuFeatures& features : {Avx512Bf16Cpu(), Avx512Cpu(), Avx2Cpu(), NeonCpu(), CpuFeatures()}) {
+  for (const CpuFeatures& features : {AmxCpu(), Avx512Bf16Cpu(), Avx512Cpu(), Avx2Cpu(), NeonCpu(), CpuFeatures()}) {
     for (const int64_t m : {1, 2, 4, 5, 6, 7, 127, 128, 129, 1000, 4096}) {
       for (const int64_t k : {256, 4096, 1 << 20}) {
         Problem problem = WithM(m);
         problem.k = k;
         const StatusOr<Plan> plan = MakePlan(problem, features, "");
         EXPECT(plan.ok()) << plan.status().message();
-        EXPECT(plan->rows_per_task <= 32 || plan->rows_per_task * k * std::min(m, plan->tokens_per_pass) <= 1 << 18);
+        EXPECT(plan->path == Path::kTiles || plan->rows_per_task <= 32 ||
+               plan->rows_per_task * k * std::min(m, plan->tokens_per_pass) <= 1 << 18);
         const std::string name = LaunchName(*plan) + " m=" + std::to_string(m) + " k=" + std::to_string(k);
-        EXPECT((plan->path == Path::kPanel) == (m > MaxDirectTokens(plan->isa))) << name;
+        EXPECT((plan->path == Path::kPanel || plan->path == Path::kTiles) == (m > MaxDirectTokens(plan->isa))) << name;
         EXPECT(plan->rows_per_task > 0 && plan->rows_per_task % layout::kTileN == 0) << name;
-        EXPECT(layout::kTileN % plan->block.rows == 0 && plan->block.rows % 4 == 0) << name;
+        if (plan->path == Path::kTiles) {
+          EXPECT(plan->rows_per_task % kTileBlockRows == 0 && plan->rows_per_task <= 4 * kTileBlockRows) << name;
+          EXPECT(problem.n / plan->rows_per_task >= std::min(problem.n / kTileBlockRows, int64_t{32})) << name;
+        } else {
+          EXPECT(layout::kTileN % plan->block.rows == 0 && plan->block.rows % 4 == 0) << name;
+        }
         EXPECT(plan->tokens_per_pass > 0) << name;
-        if (plan->path == Path::kPanel) {
+        if (plan->path == Path::kPanel || plan->path == Path::kTiles) {
           EXPECT(plan->tokens_per_pass % plan->block.tokens == 0) << name;
           EXPECT(plan->tokens_per_pass < 128 + plan->block.tokens) << name;
         } else {
@@ -258,6 +302,7 @@ int main() {
   TestThisMachine();
   TestChoosesTheBest();
   TestChoosesByDtype();
+  TestChoosesTilesByTokens();
   TestTakesTheNamedOne();
   TestRefusesWhatCannotRun();
   TestRefusesABadProblem();

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/ceil_div.h"
 #include "core/problem.h"
 #include "cpu/isa.h"
 
@@ -10,7 +11,9 @@ namespace int4mm::cpu {
 
 // Some tokens of one product; the operands are its own, and the problem's batch means nothing. `x` holds their
 // activations in the order of kernels/order.h, `pack` of them in each lane of 32 bits, in slabs of kSlab lanes:
-// [lanes of k / kSlab][tokens][kSlab], the last slab as long as what is left of k.
+// [lanes of k / kSlab][tokens][kSlab], the last slab as long as what is left of k. For `tiles` it holds them in
+// matrices of kTileEdge lanes by kTileEdge tokens, the last tokens' filled up with any: [slab][tokens /
+// kTileEdge][lanes of the slab / kTileEdge][kTileEdge lanes][kTileEdge tokens].
 //
 // Where pack is 2, the instructions flush subnormals. Each token is multiplied by a power of two that keeps its
 // products from being subnormal, and the sums are multiplied by `token_factors`, its inverse. What that cannot save, a
@@ -27,16 +30,21 @@ struct MatmulArgs {
 };
 
 struct Kernel {
-  // Fills args.x and args.token_factors for one token of 0 .. args.tokens-1, as `direct` and `panel` read them.
-  void (*order_activations)(const MatmulArgs& args, int64_t token);
+  // Fills args.x and args.token_factors for tokens [begin, end) of 0 .. args.tokens-1, as `direct` and `panel` read
+  // them.
+  void (*order_activations)(const MatmulArgs& args, int64_t begin, int64_t end);
   // y for rows [row_begin, row_end), both multiples of 8, and at most MaxDirectTokens tokens.
   void (*direct)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
   // y for rows [row_begin, row_end), both multiples of 8, and any number of tokens.
   void (*panel)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
   // The same for `exact`: as `direct`, but scale and zero are applied to the sums of a group, in f32, and no weight is
   // rounded. Null where there is none.
-  void (*order_exact)(const MatmulArgs& args, int64_t token);
+  void (*order_exact)(const MatmulArgs& args, int64_t begin, int64_t end);
   void (*exact)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
+  // The same for `tiles`, any number of tokens; begin is a multiple of kTileEdge. Null where there are no tiles, and
+  // where there are they are all there is.
+  void (*order_tiles)(const MatmulArgs& args, int64_t begin, int64_t end);
+  void (*tiles)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
   int lanes;  // f32 values in one vector.
   int pack;   // Activations in one lane of x.
 };
@@ -45,11 +53,16 @@ struct Kernel {
 // panel kernel a panel.
 constexpr int64_t DirectScratchFloats(int64_t tokens, int lanes) { return kDirectRows * tokens * lanes; }
 constexpr int64_t PanelScratchFloats(int64_t tokens, int lanes) { return kPanelRows * (kSlab + tokens * lanes); }
+// The panel of kTileBlockRows rows, and the sums of all rows of a call.
+constexpr int64_t TileScratchFloats(int64_t tokens, int64_t rows) {
+  return kTileBlockRows * kSlab + CeilDiv(rows, kTileBlockRows) * kTileBlockRows * WholeTiles(tokens);
+}
 
 extern const Kernel kScalarKernel;
 extern const Kernel kAvx2Kernel;
 extern const Kernel kAvx512Kernel;
 extern const Kernel kAvx512Bf16Kernel;
+extern const Kernel kAmxKernel;
 extern const Kernel kNeonKernel;
 
 }  // namespace int4mm::cpu

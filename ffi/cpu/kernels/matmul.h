@@ -169,9 +169,9 @@ struct Matmul {
     return power;
   }
 
-  // The order of the weights' pairs in one token of x, scaled.
+  // Puts the pairs of one unit of a token into the order of the weights, scaled.
   template <class O>
-  static void OrderPairs(const MatmulArgs& args, int64_t token) {
+  static void OrderUnit(const uint16_t* source, float factor, float* out) {
     constexpr int kUnit = O::kUnit;
     constexpr int kPairs = kUnit / 2;
     struct Positions {
@@ -182,18 +182,24 @@ struct Matmul {
       for (int i = 0; i < kPairs; ++i) p.pair[i] = static_cast<uint8_t>(O::K(2 * i) / 2);
       return p;
     }();
+    alignas(64) uint16_t scaled[kUnit];
+    alignas(64) float pairs[kPairs];
+    for (int i = 0; i < kUnit; i += kLanes) S::Scale(source + i, factor, scaled + i);
+    std::memcpy(pairs, scaled, sizeof(pairs));
+    for (int i = 0; i < kPairs; ++i) std::memcpy(out + i, pairs + positions.pair[i], sizeof(float));
+  }
+
+  // The same of a whole token.
+  template <class O>
+  static void OrderPairs(const MatmulArgs& args, int64_t token) {
     const int64_t k = args.problem.k;
     const uint16_t* source = args.operands.x + (args.first_token + token) * k;
     const float factor = TokenFactor(args, token);
-    alignas(64) uint16_t scaled[kUnit];
-    alignas(64) float pairs[kPairs];
     for (int64_t slab = 0; slab < k; slab += kSlabK) {
       const int64_t length = SlabLength(k, slab);
       float* out = args.x + (slab * args.tokens + token * length) / 2;
-      for (int64_t unit = 0; unit < length; unit += kUnit, source += kUnit, out += kPairs) {
-        for (int i = 0; i < kUnit; i += kLanes) S::Scale(source + i, factor, scaled + i);
-        std::memcpy(pairs, scaled, sizeof(pairs));
-        for (int i = 0; i < kPairs; ++i) std::memcpy(out + i, pairs + positions.pair[i], sizeof(float));
+      for (int64_t unit = 0; unit < length; unit += O::kUnit, source += O::kUnit, out += O::kUnit / 2) {
+        OrderUnit<O>(source, factor, out);
       }
     }
   }
@@ -358,8 +364,9 @@ struct Matmul {
   }
 
   // Many tokens: one slab of a tile's rows is written to a panel and used for all of them.
-  // panel [kPanelRows][kSlab] = the weights of the rows, k = slab .. slab + length - 1, kPack in each lane.
-  template <DType dtype, class O>
+  // panel = the weights of the rows, k = slab .. slab + length - 1, kPack in each lane: a vector of kLanes every
+  // kVectorStride floats of a row, and a row every kRowStride.
+  template <DType dtype, class O, int kRowStride, int kVectorStride>
   static void FillPanel(const MatmulArgs& args, int64_t tile, int64_t slab, int64_t length, float* panel) {
     static_assert(kPanelRows == kTileRows);
     const Problem& p = args.problem;
@@ -374,11 +381,11 @@ struct Matmul {
       const uint32_t* unit = tile_words + k / O::kTileK * O::kTileWords;
       const int part = O::kWholeTiles ? 0 : static_cast<int>(k % O::kTileK / O::kUnit);
       for (int r = 0; r < kPanelRows; ++r) {
-        float* out = panel + r * kSlab + (k - slab) / kPack;
+        float* out = panel + r * kRowStride + (k - slab) / (kPack * kLanes) * kVectorStride;
         Words words[O::kWordVectors];
         S::template LoadUnit<O>(unit + r * O::kRowWords, part, words);
         for (int v = 0; v < O::kWordVectors; ++v) {
-          for (int step = 0; step < O::kSteps; ++step, out += kLanes) {
+          for (int step = 0; step < O::kSteps; ++step, out += kVectorStride) {
             S::Store(out, S::Lookup(tables[r], words[v]));
             words[v] = S::NextNibble(words[v]);
           }
@@ -434,7 +441,7 @@ struct Matmul {
 
     for (int64_t slab = 0; slab < p.k; slab += kSlabK) {
       const int64_t length = SlabLength(p.k, slab);
-      FillPanel<dtype, O>(args, tile, slab, length, panel);
+      FillPanel<dtype, O, kSlab, kLanes>(args, tile, slab, length, panel);
       for (int64_t token = 0; token < args.tokens; token += kBlock.tokens) {
         const int64_t tokens = block_tokens(token);
         const float* x = args.x + (slab * args.tokens + token * length) / kPack;
@@ -484,8 +491,10 @@ struct Matmul {
 
   static constexpr Kernel MakeKernel() {
     Kernel kernel{};
-    kernel.order_activations = [](const MatmulArgs& args, int64_t token) {
-      Dispatch(args.problem, [&](auto dtype, auto order) { OrderActivations<dtype(), decltype(order)>(args, token); });
+    kernel.order_activations = [](const MatmulArgs& args, int64_t begin, int64_t end) {
+      Dispatch(args.problem, [&](auto dtype, auto order) {
+        for (int64_t token = begin; token < end; ++token) OrderActivations<dtype(), decltype(order)>(args, token);
+      });
     };
     kernel.direct = [](const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
       Dispatch(args.problem,

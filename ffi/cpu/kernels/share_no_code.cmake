@@ -2,7 +2,7 @@
 # Of an inline function that several objects emit the linker keeps one copy. Kept from a file that is compiled for a newer
 # CPU, it would be an illegal instruction in code that runs on an older one: such files must emit none.
 foreach(object IN LISTS OBJECTS)
-  if(object MATCHES "/(avx2|avx512|avx512_bf16)\\.")
+  if(object MATCHES "/(avx2|avx512|avx512_bf16|amx)\\.")
     execute_process(COMMAND ${NM} --demangle --defined-only ${object} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
     string(REGEX MATCHALL "[^\n]* W [^\n]*" shared "${symbols}")
     if(shared)

@@ -1,0 +1,186 @@
+// The loop nest of matrix registers, a template over a type Tiles that has eight of them, so that a test can run it on
+// a CPU without. Tiles provides
+//   Scope: as long as one lives, the registers are this thread's to use
+//   template <int t> void Zero(), Load(const float*), Store(float*): register t, all kTileEdge x kTileEdge lanes in
+//   memory template <int c, int a, int b> void MultiplyAdd(): c[i][j] += the sum over lanes l of a[i][l] * b[l][j],
+//   which are
+//     pairs of bfloat16
+//
+// Weights are a, 16 rows by 16 lanes of one vector each; activations are b, 16 lanes by 16 tokens; so c is 16 rows by
+// 16 tokens. Each y[m][n] is the sum over k in the order of kernels/order.h, 32 values at a time: the blocking, the
+// number of tokens and the number of threads do not change a bit of it.
+#pragma once
+
+#include "cpu/kernels/avx512_bf16.h"
+
+namespace int4mm::cpu {
+namespace {
+
+struct PairsForTiles : Avx512Bf16 {
+  static constexpr Isa kIsa = Isa::kAmx;
+};
+
+template <class Tiles>
+struct TileMatmul {
+  using S = PairsForTiles;
+  using M = Matmul<S>;
+  static constexpr int kEdge = kTileEdge;
+  static constexpr int kTile = kEdge * kEdge;  // Lanes of a register.
+  static constexpr int kPanelTile = kEdge * kSlab;
+  static_assert(S::kLanes == kEdge);
+
+  template <class O>
+  static void OrderActivations(const MatmulArgs& args, int64_t begin, int64_t end) {
+    constexpr int kLanesOfUnit = O::kUnit / S::kPack;
+    const int64_t k = args.problem.k;
+    alignas(64) float unit_lanes[kEdge][kLanesOfUnit] = {};  // Of each token.
+    const __m512i column = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                              _mm512_set1_epi32(kLanesOfUnit));
+    for (int64_t first = begin; first < end; first += kEdge) {
+      const int tokens = static_cast<int>(end - first < kEdge ? end - first : kEdge);
+      const uint16_t* source = args.operands.x + (args.first_token + first) * k;
+      float factors[kEdge];
+      for (int t = 0; t < tokens; ++t) factors[t] = M::TokenFactor(args, first + t);
+      for (int64_t slab = 0; slab < k; slab += M::kSlabK) {
+        const int64_t length = M::SlabLength(k, slab);
+        float* out = args.x + (slab * WholeTiles(args.tokens) + first * length) / S::kPack;
+        for (int64_t unit = slab; unit < slab + length; unit += O::kUnit) {
+          for (int t = 0; t < tokens; ++t) M::template OrderUnit<O>(source + t * k + unit, factors[t], unit_lanes[t]);
+          for (int lane = 0; lane < kLanesOfUnit; ++lane, out += kEdge) {
+            _mm512_storeu_ps(out, _mm512_i32gather_ps(column, unit_lanes[0] + lane, sizeof(float)));
+          }
+        }
+      }
+    }
+  }
+
+  // sums of kA x kB registers (+)= panel times activations, over one slab of `vectors` vectors of lanes. Registers that
+  // share rows are `row_stride` floats apart in sums.
+  template <int kA, int kB>
+  static void MultiplyBlock(const float* panel, const float* x, int64_t vectors, bool first, float* sums,
+                            int64_t row_stride) {
+    static_assert(kA <= 2 && kB <= 2);
+    const int64_t x_stride = vectors * kTile;
+    Start<0>(first, sums);
+    if constexpr (kB == 2) Start<1>(first, sums + kTile);
+    if constexpr (kA == 2) Start<2>(first, sums + row_stride);
+    if constexpr (kA == 2 && kB == 2) Start<3>(first, sums + row_stride + kTile);
+    for (int64_t v = 0; v < vectors; ++v, panel += kTile, x += kTile) {
+      Tiles::template Load<4>(panel);
+      Tiles::template Load<6>(x);
+      Tiles::template MultiplyAdd<0, 4, 6>();
+      if constexpr (kB == 2) {
+        Tiles::template Load<7>(x + x_stride);
+        Tiles::template MultiplyAdd<1, 4, 7>();
+      }
+      if constexpr (kA == 2) {
+        Tiles::template Load<5>(panel + kPanelTile);
+        Tiles::template MultiplyAdd<2, 5, 6>();
+      }
+      if constexpr (kA == 2 && kB == 2) Tiles::template MultiplyAdd<3, 5, 7>();
+    }
+    Tiles::template Store<0>(sums);
+    if constexpr (kB == 2) Tiles::template Store<1>(sums + kTile);
+    if constexpr (kA == 2) Tiles::template Store<2>(sums + row_stride);
+    if constexpr (kA == 2 && kB == 2) Tiles::template Store<3>(sums + row_stride + kTile);
+  }
+
+  template <int t>
+  static void Start(bool first, const float* sums) {
+    if (first) {
+      Tiles::template Zero<t>();
+    } else {
+      Tiles::template Load<t>(sums);
+    }
+  }
+
+  template <int kA>
+  static void MultiplyTokens(const MatmulArgs& args, const float* panel, int64_t slab, int64_t length, float* sums) {
+    const int64_t tokens = WholeTiles(args.tokens);
+    const int64_t vectors = length / (S::kPack * S::kLanes);
+    const float* x = args.x + slab * tokens / S::kPack;
+    int64_t token = 0;
+    for (; token + kEdge < tokens; token += 2 * kEdge) {
+      MultiplyBlock<kA, 2>(panel, x + token * length / S::kPack, vectors, slab == 0, sums + token * kEdge,
+                           tokens * kEdge);
+    }
+    if (token < tokens) {
+      MultiplyBlock<kA, 1>(panel, x + token * length / S::kPack, vectors, slab == 0, sums + token * kEdge,
+                           tokens * kEdge);
+    }
+  }
+
+  template <class O>
+  static void Multiply(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
+    const typename Tiles::Scope scope;
+    const Problem& p = args.problem;
+    const int64_t tokens = WholeTiles(args.tokens);
+    float* panel = scratch;                              // [register][vector][row][lane]
+    float* all_sums = scratch + kTileBlockRows * kSlab;  // [rows / kEdge][tokens / kEdge][row][token]
+    for (int64_t slab = 0; slab < p.k; slab += M::kSlabK) {
+      const int64_t length = M::SlabLength(p.k, slab);
+      for (int64_t row = row_begin; row < row_end; row += kTileBlockRows) {
+        const int64_t rows = row_end - row < kTileBlockRows ? row_end - row : kTileBlockRows;
+        for (int64_t r = 0; r < rows; r += kPanelRows) {
+          float* out = panel + r / kEdge * kPanelTile + r % kEdge * kEdge;
+          M::template FillPanel<DType::kBFloat16, O, kEdge, kTile>(args, row + r, slab, length, out);
+        }
+        float* sums = all_sums + (row - row_begin) * tokens;
+        if (rows > kEdge) {
+          MultiplyTokens<2>(args, panel, slab, length, sums);
+        } else {
+          MultiplyTokens<1>(args, panel, slab, length, sums);
+        }
+      }
+    }
+    for (int64_t row = row_begin; row < row_end; row += kEdge) {
+      const int64_t rows = row_end - row < kEdge ? row_end - row : kEdge;
+      for (int64_t token = 0; token < args.tokens; ++token) {
+        const float* sums = all_sums + (row - row_begin) * tokens + token / kEdge * kTile + token % kEdge;
+        StoreRows(args, row, rows, token, sums);
+      }
+    }
+  }
+
+  // y of `rows` rows, 8 or 16, and one token, from its column of sums.
+  static void StoreRows(const MatmulArgs& args, int64_t row, int64_t rows, int64_t token, const float* sums) {
+    const __m512i column =
+        _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
+    static_assert(kEdge == 1 << 4);
+    const __mmask16 mask = static_cast<__mmask16>((1u << rows) - 1);
+    const __m512 y = _mm512_mul_ps(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, column, sums, sizeof(float)),
+                                   _mm512_set1_ps(args.token_factors[token]));
+    const int64_t first = (args.first_token + token) * args.problem.n + row;
+    if (args.problem.float32_result) {
+      _mm512_mask_storeu_ps(static_cast<float*>(args.operands.y) + first, mask, y);
+    } else {
+      _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.operands.y) + first, mask, Narrow(y));
+    }
+  }
+
+  // To nearest, subnormals too. There is no NaN: what has one is out of range.
+  static __m256i Narrow(__m512 y) {
+    const __m512i bits = _mm512_castps_si512(y);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  }
+
+  static constexpr Kernel MakeKernel() {
+    Kernel kernel{};
+    kernel.order_tiles = [](const MatmulArgs& args, int64_t begin, int64_t end) {
+      M::template WithOrder<DType::kBFloat16>(
+          args.problem, [&](auto, auto order) { OrderActivations<decltype(order)>(args, begin, end); });
+    };
+    kernel.tiles = [](const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
+      M::template WithOrder<DType::kBFloat16>(
+          args.problem, [&](auto, auto order) { Multiply<decltype(order)>(args, row_begin, row_end, scratch); });
+    };
+    kernel.lanes = S::kLanes;
+    kernel.pack = S::kPack;
+    return kernel;
+  }
+};
+
+}  // namespace
+}  // namespace int4mm::cpu

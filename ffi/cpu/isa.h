@@ -46,10 +46,12 @@ constexpr int MaxDirectTokens(Isa isa) { return isa == Isa::kAmx ? 0 : Has32Regi
 // From so many tokens on kAmx is chosen, where the CPU has it: tiles take 16 of them in the time of one.
 inline constexpr int kFewestTileTokens = 4;
 
-// Where kAvx512Bf16 multiplies few tokens by weights that are not rounded: groups so small that their tables are most
-// of the work. k is gone through in units of four groups.
-inline constexpr int kExactGroup = 32;
-inline constexpr int kExactUnit = 4 * kExactGroup;
+// Up to so many tokens kAvx512Bf16 multiplies by weights that are not rounded: while making their tables, one a row and
+// group, is more work than scaling the sums of a group, one a row, group and token. Measured on Zen 4. k is gone
+// through in units.
+constexpr int MaxExactTokens(int64_t group_size) { return group_size <= 64 ? 8 : 2; }
+inline constexpr int kExactUnit = 128;
+constexpr int64_t ExactGroup(int64_t group_size) { return group_size < kExactUnit ? group_size : kExactUnit; }
 
 // As many tokens at a time as evenly make `tokens`, but no more than 4: their sums, tables and words fill 32 registers.
 constexpr RegisterBlock DirectBlock(Isa isa, int tokens) {

@@ -111,7 +111,7 @@ Status Launch(const Problem& problem, const Plan& plan, const Kernel& kernel, co
   const int64_t rows = plan.rows_per_task;
   const bool tiles = plan.path == Path::kTiles;
   const int64_t ordered_floats = WholeLines((tiles ? WholeTiles(tokens) : tokens) * problem.k / kernel.pack);
-  const int64_t groups = plan.path == Path::kExact ? problem.k / problem.group_size : 0;
+  const int64_t groups = plan.path == Path::kExact ? problem.k / ExactGroup(problem.group_size) : 0;
   // With the tokens' factors and the groups' sums.
   const int64_t activations = ordered_floats + WholeLines(tokens) + WholeLines(groups * tokens);
   const int64_t scratch = WholeLines(ScratchFloats(kernel, plan, tokens, std::min(rows, problem.n)));

@@ -48,7 +48,7 @@ std::string TileName(const Plan& plan) {
 }
 
 bool HasExact(const Problem& problem, Isa isa) {
-  return isa == Isa::kAvx512Bf16 && problem.group_size == kExactGroup && problem.k % kExactUnit == 0;
+  return isa == Isa::kAvx512Bf16 && problem.m <= MaxExactTokens(problem.group_size) && problem.k % kExactUnit == 0;
 }
 
 // m = 0 and kUnknownM are planned as one token is.
@@ -214,7 +214,8 @@ Explanation Explain(const Problem& problem, const Plan& plan) {
            << plan.tokens_per_pass << " tokens, " << plan.block.rows << " rows by " << plan.block.tokens
            << " tokens in registers; " << MaxDirectTokens(plan.isa) << " tokens or fewer would need no such copy";
   } else if (exact) {
-    reason << "for " << MaxDirectTokens(plan.isa) << " tokens or fewer q - 8 is multiplied, and scale and zero are "
+    reason << "for " << MaxExactTokens(problem.group_size)
+           << " tokens or fewer q - 8 is multiplied, and scale and zero are "
            << "applied to the sums of each group in f32, " << plan.block.rows << " rows by " << plan.block.tokens
            << " tokens in registers";
   } else {

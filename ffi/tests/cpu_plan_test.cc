@@ -118,14 +118,13 @@ void TestChoosesTilesByTokens() {
   const struct {
     int64_t m;
     const char* name;
-  } cases[] = {{1, "avx512_bf16/direct-8x1"},
+  } cases[] = {{1, "avx512_bf16/exact-8x1"},
                {kFewestTileTokens - 1, "avx512_bf16/direct-4x3"},
                {kFewestTileTokens, "amx/tiles-32x32"},
                {4096, "amx/tiles-32x32"}};
   for (const auto& one : cases) {
     const StatusOr<Plan> plan = MakePlan(WithM(one.m), AmxCpu(), "");
     EXPECT(plan.ok() && LaunchName(*plan) == one.name) << LaunchName(*plan);
-    EXPECT(Explain(WithM(one.m), *plan).weights == "rounded");
     EXPECT(Explain(WithM(one.m), *plan).implementation + "/" + Explain(WithM(one.m), *plan).tile == one.name);
     const StatusOr<Plan> named = MakePlan(WithM(one.m), AmxCpu(), "amx");
     EXPECT(named.ok() && named->path == Path::kTiles) << named.status().message();
@@ -203,7 +202,7 @@ void TestNamedTiles() {
   EXPECT(one.status().message().find("for every m; it has") != std::string::npos) << one.status().message();
 }
 
-// Few tokens and groups of 32 take weights that are not rounded, where k is whole units of them.
+// Few tokens take weights that are not rounded, where k is whole units: the fewer, the larger a group is.
 void TestExact() {
   const struct {
     int64_t m, k, group_size;
@@ -214,11 +213,15 @@ void TestExact() {
       {1, 4096, 32, Avx512Bf16Cpu(), "avx512_bf16/exact-8x1", "exact"},
       {8, 4096, 32, Avx512Bf16Cpu(), "avx512_bf16/exact-4x4", "exact"},
       {9, 4096, 32, Avx512Bf16Cpu(), "avx512_bf16/panel-4x6", "rounded"},
-      {1, 4096, 64, Avx512Bf16Cpu(), "avx512_bf16/direct-8x1", "rounded"},
+      {8, 4096, 64, Avx512Bf16Cpu(), "avx512_bf16/exact-4x4", "exact"},
+      {2, 4096, 128, Avx512Bf16Cpu(), "avx512_bf16/exact-4x2", "exact"},
+      {2, 4096, 256, Avx512Bf16Cpu(), "avx512_bf16/exact-4x2", "exact"},
+      {3, 4096, 128, Avx512Bf16Cpu(), "avx512_bf16/direct-4x3", "rounded"},
+      {1, 4160, 64, Avx512Bf16Cpu(), "avx512_bf16/direct-8x1", "rounded"},
       {1, 4128, 32, Avx512Bf16Cpu(), "avx512_bf16/direct-8x1", "rounded"},
       {1, 4096, 32, Avx512Cpu(), "avx512/direct-8x1", "rounded"},
       {kUnknownM, 4096, 32, Avx512Bf16Cpu(), "avx512_bf16/exact-8x1", "at the call"},
-      {kUnknownM, 4096, 64, Avx512Bf16Cpu(), "avx512_bf16/direct-8x1", "rounded"},
+      {kUnknownM, 4128, 32, Avx512Bf16Cpu(), "avx512_bf16/direct-8x1", "rounded"},
   };
   for (const auto& one : cases) {
     Problem problem = WithM(one.m);
@@ -234,7 +237,7 @@ void TestExact() {
     EXPECT(named.ok() && named->path == plan->path) << named.status().message();
   }
   Problem problem = WithM(4);
-  problem.group_size = 64;
+  problem.group_size = 128;
   EXPECT(!MakePlan(problem, Avx512Bf16Cpu(), "avx512_bf16/exact-4x4").ok());
 }
 

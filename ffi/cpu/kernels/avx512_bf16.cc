@@ -4,19 +4,19 @@
 namespace int4mm::cpu {
 namespace {
 
-// Few tokens and groups of 32: q - 8, which bfloat16 holds, is multiplied, and the sums of a group by its scale; its
-// zero is multiplied by the sum of its activations. One table serves all, where rounded weights need one for each row
-// and group, which is most of the work where a group is small and tokens are few.
+// Few tokens: q - 8, which bfloat16 holds, is multiplied, and the sums of a group by its scale; its zero is multiplied
+// by the sum of its activations. One table serves all, where rounded weights need one for each row and group.
 //
-// A unit is four groups of one row: sixteen words, each of them within one group. Four shifts and lookups multiply
-// them, and the lanes' sums by a vector of their groups' scales.
-template <int kInnerKTiles>
+// A unit is sixteen words of one row, each of them within one group. Four shifts and lookups multiply them, and the
+// lanes' sums by a vector of their groups' scales, or by the scale of the unit. kGroup is ExactGroup of the group size.
+template <int kInnerKTiles, int kGroup>
 struct Exact {
   using S = Avx512Bf16;
   using M = Matmul<S>;
   using O = UnitOrder<S::kLanes, S::kPack, kInnerKTiles, kExactUnit>;
   static_assert(O::kWords == S::kLanes && O::kSteps == 4);
-  static constexpr int kGroups = kExactUnit / kExactGroup;
+  static constexpr int kGroups = kExactUnit / kGroup;    // Of a unit; one that is larger counts for each of its units.
+  static constexpr int kScales = kGroups == 1 ? 1 : 4;   // Of a row in a unit.
   static constexpr int kUnits = M::kSlabK / kExactUnit;  // Of a slab.
   static constexpr int kRows = M::kTileRows;
 
@@ -26,9 +26,9 @@ struct Exact {
     const uint16_t* x = args.operands.x + (args.first_token + token) * p.k;
     const __m512 factor = _mm512_set1_ps(1 / args.token_factors[token]);
     float* sums = args.group_sums + token;
-    for (int64_t k = 0; k < p.k; k += kExactGroup, sums += args.tokens) {
+    for (int64_t k = 0; k < p.k; k += kGroup, sums += args.tokens) {
       __m512 sum = S::Zero();
-      for (int64_t i = k; i < k + kExactGroup; i += S::kLanes) {
+      for (int64_t i = k; i < k + kGroup; i += S::kLanes) {
         sum = _mm512_fmadd_ps(S::template Widen<DType::kBFloat16>(x + i), factor, sum);
       }
       *sums = S::Sum(sum);
@@ -37,21 +37,27 @@ struct Exact {
 
   // The scales of a tile's rows in a slab.
   struct SlabScales {
-    alignas(64) float of[kUnits][kRows][kGroups];
+    alignas(64) float of[kUnits][kRows][kScales];
   };
 
-  // From pairs [group][row] to scales [row][group].
-  static void StoreScales(const __m256i (&pairs)[kGroups], float (*scales)[kGroups]) {
-    const __m256i low01 = _mm256_unpacklo_epi32(pairs[0], pairs[1]);
-    const __m256i high01 = _mm256_unpackhi_epi32(pairs[0], pairs[1]);
-    const __m256i low23 = _mm256_unpacklo_epi32(pairs[2], pairs[3]);
-    const __m256i high23 = _mm256_unpackhi_epi32(pairs[2], pairs[3]);
-    const __m256i rows[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
-                             _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
-    for (int r = 0; r < 4; ++r) {
-      const __m256 wide = _mm256_castsi256_ps(_mm256_slli_epi32(rows[r], 16));
-      _mm_store_ps(scales[r], _mm256_castps256_ps128(wide));
-      _mm_store_ps(scales[r + 4], _mm256_extractf128_ps(wide, 1));
+  // From pairs [group][row] to scales [row][quarter of the unit], or of the whole unit.
+  static void StoreScales(const __m256i (&pairs)[kGroups], float (*scales)[kScales]) {
+    if constexpr (kGroups == 1) {
+      _mm256_store_ps(scales[0], _mm256_castsi256_ps(_mm256_slli_epi32(pairs[0], 16)));
+      return;
+    } else {
+      const auto of = [&](int quarter) { return pairs[quarter * kGroups / 4]; };
+      const __m256i low01 = _mm256_unpacklo_epi32(of(0), of(1));
+      const __m256i high01 = _mm256_unpackhi_epi32(of(0), of(1));
+      const __m256i low23 = _mm256_unpacklo_epi32(of(2), of(3));
+      const __m256i high23 = _mm256_unpackhi_epi32(of(2), of(3));
+      const __m256i rows[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
+                               _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
+      for (int r = 0; r < 4; ++r) {
+        const __m256 wide = _mm256_castsi256_ps(_mm256_slli_epi32(rows[r], 16));
+        _mm_store_ps(scales[r], _mm256_castps256_ps128(wide));
+        _mm_store_ps(scales[r + 4], _mm256_extractf128_ps(wide, 1));
+      }
     }
   }
 
@@ -61,15 +67,15 @@ struct Exact {
   static void LoadPairs(const MatmulArgs& args, int64_t tile, int64_t slab, int64_t length, int64_t token,
                         SlabScales* scales, __m256 (&zero_sums)[kTokens]) {
     const Problem& p = args.problem;
-    const int64_t first_group = slab / kExactGroup;
-    const uint16_t* pairs = args.operands.scales_and_zeros + layout::ScaleIndex(first_group, tile, p.n);
-    const float* group_sums = args.group_sums + first_group * args.tokens + token;
+    const float* group_sums = args.group_sums + slab / kGroup * args.tokens + token;
     const int64_t next = M::PairsAhead(p, slab, kDirectRows);
     const __m256i high_half = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
     typename S::PairRange range;
     for (int64_t unit = 0; unit < length / kExactUnit; ++unit) {
       __m256i of_groups[kGroups];
-      for (int g = 0; g < kGroups; ++g, pairs += 2 * p.n, group_sums += args.tokens) {
+      for (int g = 0; g < kGroups; ++g, group_sums += args.tokens) {
+        const int64_t group = (slab + unit * kExactUnit) / p.group_size + g;
+        const uint16_t* pairs = args.operands.scales_and_zeros + layout::ScaleIndex(group, tile, p.n);
         __builtin_prefetch(pairs + next);
         of_groups[g] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs));
         range.template Add<kRows>(pairs);
@@ -85,19 +91,20 @@ struct Exact {
 
   // The scales of each lane's group.
   static __m512 LaneScales(const float* scales) {
-    const __m512 four = _mm512_broadcast_f32x4(_mm_load_ps(scales));
-    if constexpr (kInnerKTiles == 8) {
-      return four;
+    if constexpr (kGroups == 1) {
+      return _mm512_set1_ps(*scales);
+    } else if constexpr (kInnerKTiles == 8) {
+      return _mm512_broadcast_f32x4(_mm_load_ps(scales));
     } else {
       struct Lanes {
-        alignas(64) int group[S::kLanes];
+        alignas(64) int quarter[S::kLanes];
       };
       static constexpr Lanes kOf = [] {
         Lanes lanes{};
-        for (int i = 0; i < S::kLanes; ++i) lanes.group[i] = O::WordK(i) / kExactGroup;
+        for (int i = 0; i < S::kLanes; ++i) lanes.quarter[i] = O::WordK(i) / (kExactUnit / 4);
         return lanes;
       }();
-      return _mm512_permutexvar_ps(_mm512_load_si512(kOf.group), four);
+      return _mm512_permutexvar_ps(_mm512_load_si512(kOf.quarter), _mm512_broadcast_f32x4(_mm_load_ps(scales)));
     }
   }
 
@@ -173,16 +180,25 @@ struct Exact {
   }
 };
 
+// f(Exact) of the problem's format.
+template <class F>
+void WithExact(const Problem& p, F&& f) {
+  Matmul<Avx512Bf16>::WithInnerKTiles(p, [&](auto n) {
+    if (p.group_size == 32) return f(Exact<n(), 32>());
+    if (p.group_size == 64) return f(Exact<n(), 64>());
+    f(Exact<n(), 128>());
+  });
+}
+
 constexpr Kernel MakeKernel() {
   Kernel kernel = Matmul<Avx512Bf16>::MakeKernel();
   kernel.order_exact = [](const MatmulArgs& args, int64_t begin, int64_t end) {
-    Matmul<Avx512Bf16>::WithInnerKTiles(args.problem, [&](auto n) {
-      for (int64_t token = begin; token < end; ++token) Exact<n()>::OrderActivations(args, token);
+    WithExact(args.problem, [&](auto exact) {
+      for (int64_t token = begin; token < end; ++token) decltype(exact)::OrderActivations(args, token);
     });
   };
   kernel.exact = [](const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
-    Matmul<Avx512Bf16>::WithInnerKTiles(args.problem,
-                                        [&](auto n) { Exact<n()>::Multiply(args, row_begin, row_end, scratch); });
+    WithExact(args.problem, [&](auto exact) { decltype(exact)::Multiply(args, row_begin, row_end, scratch); });
   };
   return kernel;
 }

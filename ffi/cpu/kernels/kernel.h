@@ -25,7 +25,7 @@ struct MatmulArgs {
   int64_t tokens = 0;
   float* x = nullptr;
   float* token_factors = nullptr;  // [tokens]
-  float* group_sums = nullptr;     // [k / group_size][tokens], of the activations, scaled; for `exact`
+  float* group_sums = nullptr;     // [k / ExactGroup(group_size)][tokens], of the activations, scaled; for `exact`
   bool* out_of_range = nullptr;    // Set by several threads at once.
 };
 

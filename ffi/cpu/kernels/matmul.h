@@ -302,11 +302,12 @@ struct Matmul {
     if constexpr (kMost > 1) WithTokens<kMost - 1>(tokens, f);
   }
 
-  // Asks for the words of a tile's rows in one unit: of slabs of 2 or 4 KiB the hardware makes no stream.
+  // Asks for the words of a tile's rows in one unit: of slabs of 2 or 4 KiB the hardware makes no stream. Into the L2
+  // cache: the few misses that an L1 cache can have under way are not enough to read memory at its rate.
   template <class O>
   static void PrefetchUnit(const uint32_t* words) {
     constexpr int kLine = 64 / sizeof(uint32_t);
-    for (int i = 0; i < kTileRows * O::kWords; i += kLine) __builtin_prefetch(words + i);
+    for (int i = 0; i < kTileRows * O::kWords; i += kLine) __builtin_prefetch(words + i, 0, 2);
   }
 
   // The words that are wanted next, beside those of `slab`, are so much further: those of the next slab, or of the

@@ -67,7 +67,7 @@ constexpr RegisterBlock PanelBlock(Isa isa) {
     case Isa::kNeon:
       return {4, 6};  // 24 of 32 registers hold sums.
     case Isa::kAmx:
-      return {32, 32};  // Four of eight tiles hold sums.
+      return {32, 32};  // Four of eight tile registers hold sums.
     case Isa::kAvx2:
       return {4, 3};  // 12 of 16.
     case Isa::kScalar:
@@ -82,10 +82,11 @@ inline constexpr int kPanelRows = 8;
 inline constexpr int kDirectRows = 32;  // Of whose slabs the sums are kept while w goes straight to them.
 inline constexpr int kSlab = 512;       // Lanes of 32 bits; a multiple of every group size and of every tile of k.
 
-// A tile register is a matrix of so many rows, each of so many lanes of 32 bits. A panel for tiles is 64 KiB, and stays
-// in an L2 cache.
+// A tile register is a matrix of so many rows, each of so many lanes of 32 bits. Of few tokens as many rows as there
+// are registers for sums are multiplied at a time, of more half of them. The panel is 32 or 16 KiB.
 inline constexpr int kTileEdge = 16;
-inline constexpr int kTileBlockRows = PanelBlock(Isa::kAmx).rows;
+inline constexpr int kTileBlockRows = 4 * kTileEdge;
+inline constexpr int kTileSlab = 128;  // As kSlab, of which it is a divisor.
 constexpr int64_t WholeTiles(int64_t size) { return (size + kTileEdge - 1) / kTileEdge * kTileEdge; }
 
 }  // namespace int4mm::cpu

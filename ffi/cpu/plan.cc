@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kProductsPerTask = 256 * 1024;  // Some ten microseconds' work: far more than taking a task costs.
 constexpr int64_t kMaxTokensPerPass = 128;        // Bounds the scratch; dequantising again costs a few per cent.
 constexpr int64_t kTileTasks = 32;                // Where n allows: for the threads of a large machine.
-constexpr int64_t kMaxTileBlocksPerTask = 4;      // Their sums fit in an L2 cache.
+constexpr int64_t kMaxTileBlocksPerTask = 2;      // Their sums fit in an L2 cache.
 
 std::string Names(const std::vector<Isa>& isas) {
   std::string names;
@@ -205,8 +205,9 @@ Explanation Explain(const Problem& problem, const Plan& plan) {
     reason << "m is not known when the program is compiled, so the " << (plan.any_isa ? "kernel and its " : "")
            << "tile " << (plan.any_isa ? "are" : "is") << " chosen at the call";
   } else if (tiles) {
-    reason << kTileBlockRows << " rows of w at a time are dequantised into cache and multiplied by up to "
-           << plan.tokens_per_pass << " tokens in the CPU's matrix registers, " << kTileEdge << " rows by " << kTileEdge
+    reason << plan.block.rows << " rows of w at a time are dequantised into cache, of up to " << kTileEdge << " tokens "
+           << kTileBlockRows << ", and multiplied by up to " << plan.tokens_per_pass
+           << " tokens in the CPU's matrix registers, " << kTileEdge << " rows by " << kTileEdge
            << " tokens each; for fewer than " << kFewestTileTokens << " tokens \"" << IsaName(Isa::kAvx512Bf16)
            << "\" is chosen";
   } else if (panel) {

@@ -256,7 +256,7 @@ void TestBlocking() {
         EXPECT((plan->path == Path::kPanel || plan->path == Path::kTiles) == (m > MaxDirectTokens(plan->isa))) << name;
         EXPECT(plan->rows_per_task > 0 && plan->rows_per_task % layout::kTileN == 0) << name;
         if (plan->path == Path::kTiles) {
-          EXPECT(plan->rows_per_task % kTileBlockRows == 0 && plan->rows_per_task <= 4 * kTileBlockRows) << name;
+          EXPECT(plan->rows_per_task % kTileBlockRows == 0 && plan->rows_per_task <= 2 * kTileBlockRows) << name;
           EXPECT(problem.n / plan->rows_per_task >= std::min(problem.n / kTileBlockRows, int64_t{32})) << name;
         } else {
           EXPECT(layout::kTileN % plan->block.rows == 0 && plan->block.rows % 4 == 0) << name;

@@ -174,7 +174,7 @@ struct Exact {
   static void Multiply(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
     M::template WalkDirect<DType::kBFloat16>(
         args, row_begin, row_end, scratch, [&](int64_t tokens, int64_t tile, int64_t slab, int64_t token, float* sums) {
-          M::template WithTokens<DirectBlock(S::kIsa, MaxDirectTokens(S::kIsa)).tokens>(
+          M::template WithCount<DirectBlock(S::kIsa, MaxDirectTokens(S::kIsa)).tokens>(
               tokens, [&](auto n) { Tokens<n()>(args, tile, slab, token, sums); });
         });
   }

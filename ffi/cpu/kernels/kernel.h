@@ -12,8 +12,8 @@ namespace int4mm::cpu {
 // Some tokens of one product; the operands are its own, and the problem's batch means nothing. `x` holds their
 // activations in the order of kernels/order.h, `pack` of them in each lane of 32 bits, in slabs of kSlab lanes:
 // [lanes of k / kSlab][tokens][kSlab], the last slab as long as what is left of k. For `tiles` it holds them in
-// matrices of kTileEdge lanes by kTileEdge tokens, the last tokens' filled up with any: [slab][tokens /
-// kTileEdge][lanes of the slab / kTileEdge][kTileEdge lanes][kTileEdge tokens].
+// matrices of kTileEdge lanes by kTileEdge tokens, the last tokens' filled up with any: [lanes of k /
+// kTileSlab][tokens / kTileEdge][kTileSlab / kTileEdge][kTileEdge lanes][kTileEdge tokens].
 //
 // Where pack is 2, the instructions flush subnormals. Each token is multiplied by a power of two that keeps its
 // products from being subnormal, and the sums are multiplied by `token_factors`, its inverse. What that cannot save, a
@@ -55,7 +55,7 @@ constexpr int64_t DirectScratchFloats(int64_t tokens, int lanes) { return kDirec
 constexpr int64_t PanelScratchFloats(int64_t tokens, int lanes) { return kPanelRows * (kSlab + tokens * lanes); }
 // The panel of kTileBlockRows rows, and the sums of all rows of a call.
 constexpr int64_t TileScratchFloats(int64_t tokens, int64_t rows) {
-  return kTileBlockRows * kSlab + CeilDiv(rows, kTileBlockRows) * kTileBlockRows * WholeTiles(tokens);
+  return kTileBlockRows * kTileSlab + CeilDiv(rows, kTileBlockRows) * kTileBlockRows * WholeTiles(tokens);
 }
 
 extern const Kernel kScalarKernel;

@@ -246,7 +246,7 @@ struct Matmul {
     constexpr int kMostTokens = DirectBlock(S::kIsa, MaxDirectTokens(S::kIsa)).tokens;
     WalkDirect<dtype>(
         args, row_begin, row_end, scratch, [&](int64_t tokens, int64_t tile, int64_t slab, int64_t token, float* sums) {
-          WithTokens<kMostTokens>(tokens, [&](auto n) { DirectTokens<dtype, O, n()>(args, tile, slab, token, sums); });
+          WithCount<kMostTokens>(tokens, [&](auto n) { DirectTokens<dtype, O, n()>(args, tile, slab, token, sums); });
         });
   }
 
@@ -295,11 +295,11 @@ struct Matmul {
     return sum;
   }
 
-  // f(tokens), as a type, of 1 .. kMost.
+  // f(count), as a type, of 1 .. kMost.
   template <int kMost, class F>
-  static void WithTokens(int64_t tokens, F&& f) {
-    if (tokens == kMost) return f(std::integral_constant<int, kMost>());
-    if constexpr (kMost > 1) WithTokens<kMost - 1>(tokens, f);
+  static void WithCount(int64_t count, F&& f) {
+    if (count == kMost) return f(std::integral_constant<int, kMost>());
+    if constexpr (kMost > 1) WithCount<kMost - 1>(count, f);
   }
 
   // Asks for the words of a tile's rows in one unit: of slabs of 2 or 4 KiB the hardware makes no stream. Into the L2
@@ -448,7 +448,7 @@ struct Matmul {
         const float* x = args.x + (slab * args.tokens + token * length) / kPack;
         for (int r = 0; r < kPanelRows; r += kBlock.rows) {
           float* block_sums = sums + (token * kPanelRows + r * tokens) * kLanes;
-          WithTokens<kBlock.tokens>(
+          WithCount<kBlock.tokens>(
               tokens, [&](auto n) { MultiplyBlock<n()>(panel + r * kSlab, x, length / kPack, slab == 0, block_sums); });
         }
       }

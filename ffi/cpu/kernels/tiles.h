@@ -26,8 +26,11 @@ struct TileMatmul {
   using M = Matmul<S>;
   static constexpr int kEdge = kTileEdge;
   static constexpr int kTile = kEdge * kEdge;  // Lanes of a register.
-  static constexpr int kPanelTile = kEdge * kSlab;
-  static_assert(S::kLanes == kEdge);
+  static constexpr int kPanelTile = kEdge * kTileSlab;
+  static constexpr int64_t kSlabK = kTileSlab * S::kPack;
+  static_assert(S::kLanes == kEdge && M::kSlabK % kSlabK == 0);
+
+  static int64_t SlabLength(int64_t k, int64_t slab) { return k - slab < kSlabK ? k - slab : kSlabK; }
 
   template <class O>
   static void OrderActivations(const MatmulArgs& args, int64_t begin, int64_t end) {
@@ -41,8 +44,8 @@ struct TileMatmul {
       const uint16_t* source = args.operands.x + (args.first_token + first) * k;
       float factors[kEdge];
       for (int t = 0; t < tokens; ++t) factors[t] = M::TokenFactor(args, first + t);
-      for (int64_t slab = 0; slab < k; slab += M::kSlabK) {
-        const int64_t length = M::SlabLength(k, slab);
+      for (int64_t slab = 0; slab < k; slab += kSlabK) {
+        const int64_t length = SlabLength(k, slab);
         float* out = args.x + (slab * WholeTiles(args.tokens) + first * length) / S::kPack;
         for (int64_t unit = slab; unit < slab + length; unit += O::kUnit) {
           for (int t = 0; t < tokens; ++t) M::template OrderUnit<O>(source + t * k + unit, factors[t], unit_lanes[t]);
@@ -55,58 +58,54 @@ struct TileMatmul {
   }
 
   // sums of kA x kB registers (+)= panel times activations, over one slab of `vectors` vectors of lanes. Registers that
-  // share rows are `row_stride` floats apart in sums.
+  // share rows are `row_stride` floats apart in sums. Four sums hide the latency of a product.
   template <int kA, int kB>
   static void MultiplyBlock(const float* panel, const float* x, int64_t vectors, bool first, float* sums,
                             int64_t row_stride) {
-    static_assert(kA <= 2 && kB <= 2);
-    const int64_t x_stride = vectors * kTile;
-    Start<0>(first, sums);
-    if constexpr (kB == 2) Start<1>(first, sums + kTile);
-    if constexpr (kA == 2) Start<2>(first, sums + row_stride);
-    if constexpr (kA == 2 && kB == 2) Start<3>(first, sums + row_stride + kTile);
+    ForEach<kA * kB>([&](auto c) {
+      if (first) {
+        Tiles::template Zero<c()>();
+      } else {
+        Tiles::template Load<c()>(sums + c() / kB * row_stride + c() % kB * kTile);
+      }
+    });
+    // Of eight registers four are left, for kB of activations and the others in turn for weights.
+    static_assert(kA * kB <= 4 && kB <= 2);
+    constexpr int kFirstB = 8 - kB;
     for (int64_t v = 0; v < vectors; ++v, panel += kTile, x += kTile) {
-      Tiles::template Load<4>(panel);
-      Tiles::template Load<6>(x);
-      Tiles::template MultiplyAdd<0, 4, 6>();
-      if constexpr (kB == 2) {
-        Tiles::template Load<7>(x + x_stride);
-        Tiles::template MultiplyAdd<1, 4, 7>();
-      }
-      if constexpr (kA == 2) {
-        Tiles::template Load<5>(panel + kPanelTile);
-        Tiles::template MultiplyAdd<2, 5, 6>();
-      }
-      if constexpr (kA == 2 && kB == 2) Tiles::template MultiplyAdd<3, 5, 7>();
+      ForEach<kB>([&](auto b) { Tiles::template Load<kFirstB + b()>(x + b() * vectors * kTile); });
+      ForEach<kA>([&](auto a) {
+        constexpr int kRegister = 4 + a() % (4 - kB);
+        Tiles::template Load<kRegister>(panel + a() * kPanelTile);
+        ForEach<kB>([&](auto b) { Tiles::template MultiplyAdd<a() * kB + b(), kRegister, kFirstB + b()>(); });
+      });
     }
-    Tiles::template Store<0>(sums);
-    if constexpr (kB == 2) Tiles::template Store<1>(sums + kTile);
-    if constexpr (kA == 2) Tiles::template Store<2>(sums + row_stride);
-    if constexpr (kA == 2 && kB == 2) Tiles::template Store<3>(sums + row_stride + kTile);
+    ForEach<kA * kB>([&](auto c) { Tiles::template Store<c()>(sums + c() / kB * row_stride + c() % kB * kTile); });
   }
 
-  template <int t>
-  static void Start(bool first, const float* sums) {
-    if (first) {
-      Tiles::template Zero<t>();
-    } else {
-      Tiles::template Load<t>(sums);
-    }
+  // f(i), as a type, for i = 0 .. kCount - 1.
+  template <int kCount, class F>
+  static void ForEach(F&& f) {
+    if constexpr (kCount > 1) ForEach<kCount - 1>(f);
+    f(std::integral_constant<int, kCount - 1>());
   }
 
+  // The rows of kA registers and all tokens.
   template <int kA>
   static void MultiplyTokens(const MatmulArgs& args, const float* panel, int64_t slab, int64_t length, float* sums) {
     const int64_t tokens = WholeTiles(args.tokens);
     const int64_t vectors = length / (S::kPack * S::kLanes);
     const float* x = args.x + slab * tokens / S::kPack;
-    int64_t token = 0;
-    for (; token + kEdge < tokens; token += 2 * kEdge) {
-      MultiplyBlock<kA, 2>(panel, x + token * length / S::kPack, vectors, slab == 0, sums + token * kEdge,
-                           tokens * kEdge);
-    }
-    if (token < tokens) {
-      MultiplyBlock<kA, 1>(panel, x + token * length / S::kPack, vectors, slab == 0, sums + token * kEdge,
-                           tokens * kEdge);
+    for (int64_t token = 0; token < tokens; token += 2 * kEdge) {
+      const float* own_x = x + token * length / S::kPack;
+      float* own_sums = sums + token * kEdge;
+      if constexpr (kA <= 2) {
+        if (token + kEdge < tokens) {
+          MultiplyBlock<kA, 2>(panel, own_x, vectors, slab == 0, own_sums, tokens * kEdge);
+          continue;
+        }
+      }
+      MultiplyBlock<kA, 1>(panel, own_x, vectors, slab == 0, own_sums, tokens * kEdge);
     }
   }
 
@@ -115,22 +114,21 @@ struct TileMatmul {
     const typename Tiles::Scope scope;
     const Problem& p = args.problem;
     const int64_t tokens = WholeTiles(args.tokens);
-    float* panel = scratch;                              // [register][vector][row][lane]
-    float* all_sums = scratch + kTileBlockRows * kSlab;  // [rows / kEdge][tokens / kEdge][row][token]
-    for (int64_t slab = 0; slab < p.k; slab += M::kSlabK) {
-      const int64_t length = M::SlabLength(p.k, slab);
-      for (int64_t row = row_begin; row < row_end; row += kTileBlockRows) {
-        const int64_t rows = row_end - row < kTileBlockRows ? row_end - row : kTileBlockRows;
+    float* panel = scratch;                                  // [register][vector][row][lane]
+    float* all_sums = scratch + kTileBlockRows * kTileSlab;  // [rows / kEdge][tokens / kEdge][row][token]
+    const int64_t block_rows = tokens == kEdge ? kTileBlockRows : kTileBlockRows / 2;
+    for (int64_t slab = 0; slab < p.k; slab += kSlabK) {
+      const int64_t length = SlabLength(p.k, slab);
+      for (int64_t row = row_begin; row < row_end; row += block_rows) {
+        const int64_t rows = row_end - row < block_rows ? row_end - row : block_rows;
         for (int64_t r = 0; r < rows; r += kPanelRows) {
           float* out = panel + r / kEdge * kPanelTile + r % kEdge * kEdge;
           M::template FillPanel<DType::kBFloat16, O, kEdge, kTile>(args, row + r, slab, length, out);
         }
         float* sums = all_sums + (row - row_begin) * tokens;
-        if (rows > kEdge) {
-          MultiplyTokens<2>(args, panel, slab, length, sums);
-        } else {
-          MultiplyTokens<1>(args, panel, slab, length, sums);
-        }
+        M::template WithCount<kTileBlockRows / kEdge>(CeilDiv(rows, kEdge), [&](auto registers) {
+          MultiplyTokens<registers()>(args, panel, slab, length, sums);
+        });
       }
     }
     for (int64_t row = row_begin; row < row_end; row += kEdge) {

@@ -55,7 +55,12 @@ def on_cpu() -> bool:
 
 
 def contenders(
-    int4_layers: list[Int4Layer], dense: DenseLayer, m: int, implementations: list[str], chosen: set[str], once: bool
+    int4_layers: list[Int4Layer],
+    dense_layers: list[DenseLayer],
+    m: int,
+    implementations: list[str],
+    chosen: set[str],
+    once: bool,
 ) -> Iterator[Contender]:
     """Everything to be timed at one shape and m; with `once`, also what does not depend on m."""
     for layer in int4_layers:
@@ -69,7 +74,7 @@ def contenders(
             yield peers.torch_int4(layer, m)
         if "gemlite" in chosen:
             yield peers.gemlite(layer, m)
-    if "bf16" in chosen:
+    for dense in dense_layers:
         yield peers.dense_dot(dense, m)
         if peers.why_missing("torch") is None:
             yield peers.torch_dense(dense, m)
@@ -95,7 +100,7 @@ def host_overhead(group_size: int) -> Iterator[tuple[Contender, str, Timing]]:
     layer = Int4Layer(256, 256, group_size)
     w4 = peers.random_weight(jax.random.key(0), layer.n, layer.k, group_size)
     (x,) = peers.activations(1, layer.k, 1)
-    w = peers.random_bf16(jax.random.key(0), layer.k, layer.n)
+    w = peers.random_matrix(jax.random.key(0), layer.k, layer.n)
     int4 = functools.partial(i4.int4pack_mm, group_size=group_size), (x, w4.packed, w4.scales_and_zeros)
     bf16 = jnp.matmul, (x, w)
     rows = []
@@ -121,7 +126,7 @@ def describe_run(chosen: set[str], commit: str | None) -> dict[str, str]:
         said = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
         described["driver"] = said[0].strip() if said else ""
     described |= {"jax": jax.__version__, "torch": ""}
-    if chosen & {"torch", "bf16", "gemlite"} and peers.why_missing("torch") is None:
+    if chosen & {"torch", "bf16", "f32", "gemlite"} and peers.why_missing("torch") is None:
         import torch
 
         described["torch"] = torch.__version__
@@ -173,10 +178,12 @@ def main() -> None:
     report(256, 256, host_overhead(arguments.group_size[0]))
     for n, k in arguments.shape:
         int4_layers = [Int4Layer(n, k, group_size) for group_size in arguments.group_size]
-        dense = DenseLayer(n, k)
+        dense_layers = [
+            DenseLayer(n, k, dtype) for peer, dtype in (("bf16", "bfloat16"), ("f32", "float32")) if peer in chosen
+        ]
         for m in arguments.m:
             once = m == arguments.m[0]
-            report(n, k, measure(contenders(int4_layers, dense, m, arguments.implementation, chosen, once)))
+            report(n, k, measure(contenders(int4_layers, dense_layers, m, arguments.implementation, chosen, once)))
         if arguments.output:
             write_csv(arguments.output, rows)
 

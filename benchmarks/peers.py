@@ -19,8 +19,9 @@ import numpy as np
 
 import jax_int4mm as i4
 import read_floor
+import read_floor_cpu
 from jax_int4mm.layout import packed_shape
-from timing import Calls, JaxCalls, TorchCalls, copies
+from timing import Calls, CpuCalls, JaxCalls, TorchCalls, copies
 
 INNER_K_TILES = 8
 # Relative errors against the product. Ours state how they round the weight; the others may round it twice.
@@ -32,6 +33,7 @@ PEERS = {
     "jnp.int4": "a jnp.int4 array, dequantised and dotted inside jit, as XLA compiles it",
     "torch": "PyTorch's int4 op",
     "bf16": "x @ w through jax.jit and, where PyTorch is installed, through it",
+    "f32": "the same in float32",
     "gemlite": "gemlite's Triton kernels",
 }
 
@@ -52,8 +54,8 @@ class Contender:
 def why_missing(peer: str) -> str | None:
     """Why a peer cannot run here, in words that follow "left out, since", or None."""
     gpu = jax.default_backend() == "gpu"
-    if peer == "floor" and gpu:
-        return read_floor.why_missing()
+    if peer == "floor":
+        return read_floor.why_missing() if gpu else read_floor_cpu.why_missing()
     if peer == "gemlite" and not gpu:
         return "it needs a GPU"
     if peer in ("torch", "gemlite"):
@@ -79,17 +81,17 @@ def random_weight(key: jax.Array, n: int, k: int, group_size: int) -> i4.Int4Wei
     return i4.Int4Weight(packed, scales_and_zeros, group_size=group_size, k=k, n=n)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def random_bf16(key: jax.Array, rows: int, columns: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def random_matrix(key: jax.Array, rows: int, columns: int, dtype: str = "bfloat16") -> jax.Array:
     """A normal [rows, columns] matrix."""
-    return jax.random.normal(key, (rows, columns), jnp.bfloat16)
+    return jax.random.normal(key, (rows, columns), dtype)
 
 
-def activations(m: int, k: int, count: int) -> list[jax.Array]:
+def activations(m: int, k: int, count: int, dtype: str = "bfloat16") -> list[jax.Array]:
     """An x [m, k] for each of `count` products; one and the same where single calls are timed."""
     if jax.default_backend() == "cpu":
-        return [random_bf16(jax.random.key(m), m, k)] * count
-    return [random_bf16(key, m, k) for key in jax.random.split(jax.random.key(m), count)]
+        return [random_matrix(jax.random.key(m), m, k, dtype)] * count
+    return [random_matrix(key, m, k, dtype) for key in jax.random.split(jax.random.key(m), count)]
 
 
 @jax.jit
@@ -138,16 +140,27 @@ class Int4Layer:
 
 @dataclasses.dataclass(frozen=True)
 class DenseLayer:
-    """bf16 weights [k, n] of one shape, made when they are first asked for."""
+    """Weights [k, n] of one shape, made when they are first asked for."""
 
     n: int
     k: int
+    dtype: str = "bfloat16"
+
+    @property
+    def nbytes(self) -> int:
+        """Of one weight."""
+        return self.n * self.k * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def name(self) -> str:
+        """Of the row in the table."""
+        return {"bfloat16": "bf16", "float32": "f32"}[self.dtype]
 
     @functools.cached_property
     def weights(self) -> list[jax.Array]:
         """Enough of them to exceed what caches hold."""
-        keys = jax.random.split(jax.random.key(self.n + self.k), copies(2 * self.n * self.k))
-        return [random_bf16(key, self.k, self.n) for key in keys]
+        keys = jax.random.split(jax.random.key(self.n + self.k), copies(self.nbytes))
+        return [random_matrix(key, self.k, self.n, self.dtype) for key in keys]
 
 
 def int4pack_mm(layer: Int4Layer, m: int, name: str) -> Contender:
@@ -164,10 +177,11 @@ def int4pack_mm(layer: Int4Layer, m: int, name: str) -> Contender:
 
 
 def pure_read(layer: Int4Layer, m: int | None) -> Contender:
-    """A read of as many bytes as packed and scales_and_zeros have; on a CPU of these themselves, by XLA's xor."""
+    """A read of as many bytes as packed and scales_and_zeros have; on a CPU of these themselves."""
     if jax.default_backend() == "cpu":
-        calls = JaxCalls(lambda _, w4: xor_of_words(w4), [None] * len(layer.weights), layer.weights)
-        return Contender("read floor", {"XLA xor": calls}, m, layer.group_size)
+        arrays = [tuple(np.asarray(leaf) for leaf in jax.tree.leaves(w4)) for w4 in layer.weights]
+        calls = CpuCalls([functools.partial(read_floor_cpu.read, of_one) for of_one in arrays])
+        return Contender("read floor", {"OpenMP": calls}, m, layer.group_size)
     words = sum(leaf.nbytes for leaf in jax.tree.leaves(layer.weights[0])) // 4
     keys = jax.random.split(jax.random.key(0), len(layer.weights))
     buffers = [jax.random.bits(key, (words,), jnp.uint32) for key in keys]
@@ -177,16 +191,6 @@ def pure_read(layer: Int4Layer, m: int | None) -> Contender:
 
     kernels = {f"{ctas} CTAs/SM": kernel(ctas) for ctas in read_floor.CTAS_PER_SM}
     return Contender("read floor", kernels, m, layer.group_size)
-
-
-def xor_of_words(w4: i4.Int4Weight) -> jax.Array:
-    """The xor of all words of a weight."""
-
-    def xor(words: jax.Array) -> jax.Array:
-        return jax.lax.reduce(words, words.dtype.type(0), jax.lax.bitwise_xor, tuple(range(words.ndim)))
-
-    # Packed as the int32 that it is: cast to uint32 first, XLA reads it on one thread.
-    return xor(w4.packed) ^ xor(jax.lax.bitcast_convert_type(w4.scales_and_zeros, jnp.uint16)).astype(jnp.int32)
 
 
 def dequantize_then_dot(layer: Int4Layer, m: int) -> Contender:
@@ -204,9 +208,9 @@ def dequantize_then_dot(layer: Int4Layer, m: int) -> Contender:
 
 
 def dense_dot(layer: DenseLayer, m: int) -> Contender:
-    """`x @ w` in bf16 through jax.jit."""
-    calls = JaxCalls(jnp.matmul, activations(m, layer.k, len(layer.weights)), layer.weights)
-    return Contender("bf16", {"jax.jit": calls}, m, None)
+    """`x @ w` through jax.jit."""
+    calls = JaxCalls(jnp.matmul, activations(m, layer.k, len(layer.weights), layer.dtype), layer.weights)
+    return Contender(layer.name, {"jax.jit": calls}, m, None)
 
 
 def torch_dense(layer: DenseLayer, m: int) -> Contender:
@@ -214,11 +218,11 @@ def torch_dense(layer: DenseLayer, m: int) -> Contender:
     import torch
 
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-    x = torch.randn(m, layer.k, dtype=torch.bfloat16, device=device)
-    count = copies(2 * layer.n * layer.k)
-    weights = [torch.randn(layer.n, layer.k, dtype=torch.bfloat16, device=device) for _ in range(count)]
+    dtype = getattr(torch, layer.dtype)
+    x = torch.randn(m, layer.k, dtype=dtype, device=device)
+    weights = [torch.randn(layer.n, layer.k, dtype=dtype, device=device) for _ in range(copies(layer.nbytes))]
     calls = TorchCalls([functools.partial(torch.mm, x, w.t()) for w in weights])
-    return Contender("bf16", {"cuBLAS" if device == "cuda" else "torch": calls}, m, None)
+    return Contender(layer.name, {"cuBLAS" if device == "cuda" else "torch": calls}, m, None)
 
 
 def torch_int4(layer: Int4Layer, m: int) -> Contender:

@@ -126,7 +126,18 @@ class TorchCalls:
         return Timing(samples, "events around a CUDA graph")
 
 
-Calls = JaxCalls | TorchCalls
+@dataclasses.dataclass(frozen=True)
+class CpuCalls:
+    """Calls that return when they are done, and whose results mean nothing."""
+
+    calls: Sequence[Callable[[], Any]]
+
+    def blocking(self) -> list[Callable[[], object]]:
+        """The calls."""
+        return list(self.calls)
+
+
+Calls = JaxCalls | TorchCalls | CpuCalls
 
 
 def device_kernels(profile: jax.profiler.ProfileData) -> list[tuple[float, float]]:

@@ -44,7 +44,7 @@ struct RegisterBlock {
 constexpr int MaxDirectTokens(Isa isa) { return isa == Isa::kAmx ? 0 : Has32Registers(isa) ? 8 : 1; }
 
 // From so many tokens on kAmx is chosen, where the CPU has it: tiles take 16 of them in the time of one.
-inline constexpr int kFewestTileTokens = 4;
+inline constexpr int kFewestTileTokens = 3;
 
 // Up to so many tokens kAvx512Bf16 multiplies by weights that are not rounded: while making their tables, one a row and
 // group, is more work than scaling the sums of a group, one a row, group and token. Measured on Zen 4. k is gone

@@ -256,9 +256,11 @@ void FillScales(Case& c, Scales scales, std::mt19937_64& random) {
       const int64_t index = 2 * (group * p.n + n);
       c.scales_and_zeros[index] = Encode(p.dtype, scale);
       c.scales_and_zeros[index + 1] = Encode(p.dtype, zero);
+      double rounded[16];  // Once each: long double is slow where it is software.
+      for (int q = 0; q < 16; ++q) rounded[q] = Weight(p.dtype, q, scale, zero);
       for (int64_t k = group * p.group_size; k < (group + 1) * p.group_size; ++k) {
         const size_t i = static_cast<size_t>(n * p.k + k);
-        c.weights[i] = Weight(p.dtype, c.q[i], scale, zero);
+        c.weights[i] = rounded[c.q[i]];
         c.exact_weights[i] = (c.q[i] - 8) * scale + zero;
       }
     }

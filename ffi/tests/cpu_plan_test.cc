@@ -119,7 +119,7 @@ void TestChoosesTilesByTokens() {
     int64_t m;
     const char* name;
   } cases[] = {{1, "avx512_bf16/exact-8x1"},
-               {kFewestTileTokens - 1, "avx512_bf16/direct-4x3"},
+               {kFewestTileTokens - 1, "avx512_bf16/exact-4x2"},
                {kFewestTileTokens, "amx/tiles-32x32"},
                {4096, "amx/tiles-32x32"}};
   for (const auto& one : cases) {

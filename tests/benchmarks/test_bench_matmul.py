@@ -9,11 +9,13 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import bench_matmul
 import peers
 import read_floor
+import read_floor_cpu
 import timing
 from shapes import SHAPES
 
@@ -43,12 +45,15 @@ def test_a_small_run_leaves_every_row(monkeypatch: pytest.MonkeyPatch, tmp_path:
     found = {(row["implementation"], row["m"], row["group_size"]) for row in rows}
     expected = {("host eager", "1", "32"), ("host jitted", "1", "32")}
     for m in ("1", "3"):
-        expected |= {(name, m, g) for name in ("auto", "jnp.int4") for g in ("32", "128")} | {("bf16", m, "")}
+        expected |= {(name, m, g) for name in ("auto", "jnp.int4") for g in ("32", "128")} | {
+            ("bf16", m, ""),
+            ("f32", m, ""),
+        }
     assert expected <= found
     assert ("read floor" in {name for name, _, _ in found}) == ("floor" in chosen)
     assert bool({"torch int4", "tinygemm"} & {name for name, _, _ in found}) == ("torch" in chosen)
     with_span = {row["implementation"] for row in rows if row["us_span"] and float(row["us_span"]) > 0}
-    assert ({"auto", "jnp.int4", "bf16"} <= with_span) == (jax.default_backend() == "gpu")
+    assert ({"auto", "jnp.int4", "bf16", "f32"} <= with_span) == (jax.default_backend() == "gpu")
 
 
 def test_a_wrong_result_stops_the_run() -> None:
@@ -82,6 +87,15 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert peers.why_missing("torch") == "torch is not installed"
     assert peers.why_missing("bf16") is None
+
+
+def test_the_read_floor_of_a_cpu_reads_every_word() -> None:
+    if reason := read_floor_cpu.why_missing():
+        pytest.skip(reason)
+    words = np.random.default_rng().integers(2**63, size=1001, dtype=np.int64)
+    halves = words.view(np.uint16)[: 4 * 1000]
+    assert read_floor_cpu.read((words,)) == int(np.bitwise_xor.reduce(words))
+    assert read_floor_cpu.read((words, halves)) == int(words[-1])
 
 
 def test_the_read_floor_compiles_and_lowers_for_a_gpu(tmp_path: pathlib.Path) -> None:

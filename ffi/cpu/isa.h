@@ -82,6 +82,10 @@ inline constexpr int kPanelRows = 8;
 inline constexpr int kDirectRows = 32;  // Of whose slabs the sums are kept while w goes straight to them.
 inline constexpr int kSlab = 512;       // Lanes of 32 bits; a multiple of every group size and of every tile of k.
 
+// Tokens whose activations are ordered at a time, about: w is dequantised once for each such pass. Bounded by what a
+// slab of them takes of an L2 cache, which is 1 MiB or more where vectors have 512 bits.
+constexpr int MaxTokensPerPass(Isa isa) { return Is512Bits(isa) && isa != Isa::kAmx ? 264 : 128; }
+
 // A tile register is a matrix of so many rows, each of so many lanes of 32 bits. Of few tokens as many rows as there
 // are registers for sums are multiplied at a time, of more half of them. The panel is 32 or 16 KiB.
 inline constexpr int kTileEdge = 16;

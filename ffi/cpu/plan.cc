@@ -18,7 +18,6 @@ namespace int4mm::cpu {
 namespace {
 
 constexpr int64_t kProductsPerTask = 256 * 1024;  // Some ten microseconds' work: far more than taking a task costs.
-constexpr int64_t kMaxTokensPerPass = 128;        // Bounds the scratch; dequantising again costs a few per cent.
 constexpr int64_t kTileTasks = 32;                // Where n allows: for the threads of a large machine.
 constexpr int64_t kMaxTileBlocksPerTask = 2;      // Their sums fit in an L2 cache.
 
@@ -58,7 +57,7 @@ Plan Block(const Problem& problem, Isa isa, Path path) {
   plan.isa = isa;
   plan.path = path;
   if (path == Path::kPanel || path == Path::kTiles) {
-    const int64_t passes = CeilDiv(tokens, kMaxTokensPerPass);
+    const int64_t passes = CeilDiv(tokens, int64_t{MaxTokensPerPass(isa)});
     plan.block = PanelBlock(isa);
     plan.tokens_per_pass = CeilDiv(CeilDiv(tokens, passes), plan.block.tokens) * plan.block.tokens;
   } else {

@@ -483,7 +483,7 @@ void TestBatch(const std::vector<Isa>& all_isas, const Problem& batch, std::mt19
 void TestBatches(const std::vector<Isa>& isas, std::mt19937_64& random) {
   for (const bool shared_x : {false, true}) {
     // One token, some, and more than a pass takes; few products, and more than are computed side by side.
-    for (const int64_t m : {1, 5, 150}) {
+    for (const int64_t m : {1, 5, 280}) {
       for (const int64_t batch : {1, 3, 29}) {
         Problem p{m, 40, 384, 64, 4, DType::kBFloat16};
         p.batch = batch;

@@ -244,7 +244,7 @@ void TestExact() {
 // What the launcher relies on.
 void TestBlocking() {
   for (const CpuFeatures& features : {AmxCpu(), Avx512Bf16Cpu(), Avx512Cpu(), Avx2Cpu(), NeonCpu(), CpuFeatures()}) {
-    for (const int64_t m : {1, 2, 4, 5, 6, 7, 127, 128, 129, 1000, 4096}) {
+    for (const int64_t m : {1, 2, 4, 5, 6, 7, 127, 128, 129, 264, 265, 1000, 4096}) {
       for (const int64_t k : {256, 4096, 1 << 20}) {
         Problem problem = WithM(m);
         problem.k = k;
@@ -264,7 +264,7 @@ void TestBlocking() {
         EXPECT(plan->tokens_per_pass > 0) << name;
         if (plan->path == Path::kPanel || plan->path == Path::kTiles) {
           EXPECT(plan->tokens_per_pass % plan->block.tokens == 0) << name;
-          EXPECT(plan->tokens_per_pass < 128 + plan->block.tokens) << name;
+          EXPECT(plan->tokens_per_pass < MaxTokensPerPass(plan->isa) + plan->block.tokens) << name;
         } else {
           EXPECT(plan->tokens_per_pass == m && plan->block.tokens <= m) << name;
         }

@@ -62,7 +62,7 @@ def int4pack_mm(
       group_size: 32, 64, 128 or 256 values of k that share a scale and a zero.
       implementation: None to choose, "reference" (plain ``jnp``), "dequantize" (a dense weight for the call, and XLA's
         own 16-bit product), or a kernel's name: "decode" (inner_k_tiles = 8), "hopper" (sm_90) or "ampere" on CUDA;
-        "avx512_bf16" (no float16), "avx512", "avx2", "neon", "scalar" on the CPU. The environment variable
+        "amx" and "avx512_bf16" (no float16), "avx512", "avx2", "neon", "scalar" on the CPU. The environment variable
         JAX_INT4MM_IMPLEMENTATION names a default.
       preferred_element_type: of y: x's dtype, the default, or float32, the sum not rounded.
       accum_dtype: where k is divided among devices, of the parts that they add up: float32, or x's dtype, which halves

@@ -175,8 +175,8 @@ def llama_cpp(config: Config, args: argparse.Namespace) -> Rates:
     memory = cpp.llama_get_memory(context)
 
     def evaluate(tokens: list[int]) -> None:
-        batch = cpp.llama_batch_get_one((cpp.llama_token * len(tokens))(*tokens), len(tokens))
-        if cpp.llama_decode(context, batch):
+        array = (cpp.llama_token * len(tokens))(*tokens)  # Of which a batch is a view.
+        if cpp.llama_decode(context, cpp.llama_batch_get_one(array, len(array))):
             raise RuntimeError("llama.cpp could not evaluate the tokens")
         cpp.llama_synchronize(context)
 

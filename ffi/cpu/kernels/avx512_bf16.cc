@@ -44,7 +44,6 @@ struct Exact {
   static void StoreScales(const __m256i (&pairs)[kGroups], float (*scales)[kScales]) {
     if constexpr (kGroups == 1) {
       _mm256_store_ps(scales[0], _mm256_castsi256_ps(_mm256_slli_epi32(pairs[0], 16)));
-      return;
     } else {
       const auto of = [&](int quarter) { return pairs[quarter * kGroups / 4]; };
       const __m256i low01 = _mm256_unpacklo_epi32(of(0), of(1));

@@ -1,10 +1,9 @@
 // The loop nest of matrix registers, a template over a type Tiles that has eight of them, so that a test can run it on
 // a CPU without. Tiles provides
 //   Scope: as long as one lives, the registers are this thread's to use
-//   template <int t> void Zero(), Load(const float*), Store(float*): register t, all kTileEdge x kTileEdge lanes in
-//   memory template <int c, int a, int b> void MultiplyAdd(): c[i][j] += the sum over lanes l of a[i][l] * b[l][j],
-//   which are
-//     pairs of bfloat16
+//   template <int t> void Zero(), Load(const float*), Store(float*): register t, kTileEdge x kTileEdge lanes in memory
+//   template <int c, int a, int b> void MultiplyAdd(): of registers of pairs of bfloat16 a and b, c[i][j] += the sum
+//     over lanes l of a[i][l] * b[l][j]
 //
 // Weights are a, 16 rows by 16 lanes of one vector each; activations are b, 16 lanes by 16 tokens; so c is 16 rows by
 // 16 tokens. Each y[m][n] is the sum over k in the order of kernels/order.h, 32 values at a time: the blocking, the

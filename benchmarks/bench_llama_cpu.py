@@ -30,7 +30,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 import decoder
-from bench_voxtral import RandomWeights, text_params
+from bench_voxtral import RandomWeights, next_tokens, shortened, text_params
 from decoder_config import Config, Rope
 from result_table import write_csv
 
@@ -49,11 +49,6 @@ LLAMA_1B = Config(
 WEIGHTS = {"int4 g128": 128, "int4 g32": 32, "bf16": None, "f32": None}
 LLAMA_CPP = "llama.cpp Q4_0"
 Rates = dict[str, float]
-
-
-def shortened(layers: int) -> Config:
-    """The configuration with so many layers."""
-    return Config(**vars(LLAMA_1B) | {"num_hidden_layers": layers})
 
 
 def rates(prefill: Callable[[], object], decode: Callable[[], object], args: argparse.Namespace) -> Rates:
@@ -82,15 +77,13 @@ def ours(weights: str, config: Config, args: argparse.Namespace) -> Rates:
 
     @jax.jit
     def prefill(params: decoder.Params, cache: decoder.Cache) -> Any:
-        hidden, cache = decoder.forward(params, tokens, config, cache, 0)
-        return jnp.argmax(decoder.logits(params, hidden[:, -1], config), axis=-1).astype(jnp.int32), cache
+        return next_tokens(params, tokens, config, cache, 0)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def loop(params: decoder.Params, cache: decoder.Cache, token: jax.Array) -> Any:
         def step(i: jax.Array, carry: Any) -> Any:
             token, cache = carry
-            hidden, cache = decoder.forward(params, token[:, None], config, cache, args.prompt + i)
-            return jnp.argmax(decoder.logits(params, hidden[:, -1], config), axis=-1).astype(jnp.int32), cache
+            return next_tokens(params, token[:, None], config, cache, args.prompt + i)
 
         return jax.lax.fori_loop(0, args.steps, step, (token, cache))
 
@@ -200,13 +193,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=pathlib.Path, help="the CSV to write")
     parser.add_argument("--weights", nargs="+", choices=[*WEIGHTS, LLAMA_CPP], default=[*WEIGHTS, LLAMA_CPP])
-    parser.add_argument("--layers", type=int, default=LLAMA_1B.num_hidden_layers)
+    parser.add_argument("--layers", type=float, default=1.0, help="share of the layers (default 1)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default 128)")
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded behind it (default 32)")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
-    config = shortened(args.layers)
+    config = shortened(LLAMA_1B, args.layers)
     rows: list[dict[str, object]] = []
     for weights in args.weights:
         if weights == LLAMA_CPP and not all(map(importlib.util.find_spec, ("llama_cpp", "gguf"))):

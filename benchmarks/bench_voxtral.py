@@ -229,6 +229,14 @@ def measure_prefill(found: Measurements, config: Config, params: decoder.Params)
     found.add("text_decoder", lambda: prefill(params, x), queued=2)
 
 
+def next_tokens(
+    params: decoder.Params, tokens: jax.Array, config: Config, cache: decoder.Cache, start: jax.typing.ArrayLike
+) -> tuple[jax.Array, decoder.Cache]:
+    """The likeliest token [batch] behind tokens [batch, t] that stand at `start`, and the cache with them."""
+    hidden, cache = decoder.forward(params, tokens, config, cache, start)
+    return jnp.argmax(decoder.logits(params, hidden[:, -1], config), axis=-1).astype(jnp.int32), cache
+
+
 def measure_steps(
     found: Measurements, name: str, config: Config, params: decoder.Params, batch: int, context: int
 ) -> None:
@@ -239,8 +247,7 @@ def measure_steps(
     def loop(params: decoder.Params, cache: decoder.Cache, tokens: jax.Array, start: jax.Array) -> Any:
         def step(i: jax.Array, carry: Any) -> Any:
             tokens, cache = carry
-            hidden, cache = decoder.forward(params, tokens[:, None], config, cache, start + i)
-            return jnp.argmax(decoder.logits(params, hidden[:, -1], config), axis=-1).astype(jnp.int32), cache
+            return next_tokens(params, tokens[:, None], config, cache, start + i)
 
         return jax.lax.fori_loop(0, LOOP, step, (tokens, cache))
 

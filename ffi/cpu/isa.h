@@ -2,6 +2,7 @@
 // the planner, which is compiled for the oldest CPU, and the kernels read the same figures.
 #pragma once
 
+#include "core/ceil_div.h"
 #include "core/problem.h"
 
 namespace int4mm::cpu {
@@ -91,6 +92,6 @@ constexpr int MaxTokensPerPass(Isa isa) { return Is512Bits(isa) && isa != Isa::k
 inline constexpr int kTileEdge = 16;
 inline constexpr int kTileBlockRows = 4 * kTileEdge;
 inline constexpr int kTileSlab = 128;  // As kSlab, of which it is a divisor.
-constexpr int64_t WholeTiles(int64_t size) { return (size + kTileEdge - 1) / kTileEdge * kTileEdge; }
+constexpr int64_t WholeTiles(int64_t size) { return CeilDiv(size, kTileEdge) * kTileEdge; }
 
 }  // namespace int4mm::cpu

@@ -76,17 +76,18 @@ Plan Block(const Problem& problem, Isa isa, Path path) {
   return plan;
 }
 
+// The path that serves every m.
+Path PathOfMany(Isa isa) { return isa == Isa::kAmx ? Path::kTiles : Path::kPanel; }
+
 // What the isa takes if no tile is named.
 Path ChoosePath(const Problem& problem, Isa isa) {
-  if (isa == Isa::kAmx) return Path::kTiles;
-  if (problem.m > MaxDirectTokens(isa)) return Path::kPanel;
+  if (isa == Isa::kAmx || problem.m > MaxDirectTokens(isa)) return PathOfMany(isa);
   return HasExact(problem, isa) ? Path::kExact : Path::kDirect;
 }
 
 // The plan whose name is `implementation`, "<isa>/<tile>".
 StatusOr<Plan> PlanTile(const Problem& problem, Isa isa, std::string_view implementation) {
-  // It serves every m, so an m that is not known too.
-  std::vector<Plan> plans = {Block(problem, isa, isa == Isa::kAmx ? Path::kTiles : Path::kPanel)};
+  std::vector<Plan> plans = {Block(problem, isa, PathOfMany(isa))};  // So it serves an m that is not known, too.
   if (problem.m != kUnknownM && problem.m <= MaxDirectTokens(isa)) {
     plans.push_back(Block(problem, isa, Path::kDirect));
     if (HasExact(problem, isa)) plans.push_back(Block(problem, isa, Path::kExact));

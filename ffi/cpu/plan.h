@@ -42,8 +42,8 @@ struct Plan {
   Path path = Path::kDirect;
   RegisterBlock block{0, 0};    // Rows of w by tokens whose sums are in registers.
   int64_t rows_per_task = 0;    // Multiple of 8.
-  bool any_isa = false;         // m is not known, and which one is best depends on it.
-  int64_t tokens_per_pass = 0;  // Tokens whose activations are widened at a time; w is read once a pass.
+  int64_t tokens_per_pass = 0;  // Tokens whose activations are ordered at a time; w is read once a pass.
+  bool any_isa = false;         // m is not known, and which isa is best depends on it.
 };
 
 // `implementation` is the name of an instruction set, alone or with one of its tiles ("avx2/panel-4x3"), or empty to

@@ -40,7 +40,7 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_small_run_leaves_every_row(weights: list[str], tmp_path: pathlib.Path) -> None:
     output = tmp_path / "llama.csv"
-    options = ["--layers", "2", "--prompt", "8", "--steps", "2", "--repeats", "1", "--output", str(output)]
+    options = ["--layers", "1", "--prompt", "8", "--steps", "2", "--repeats", "1", "--output", str(output)]
     bench_llama_cpu.main(["--weights", *weights, *options])
     with output.open(newline="") as file:
         rows = list(csv.DictReader(file))

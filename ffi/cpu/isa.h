@@ -80,7 +80,7 @@ constexpr RegisterBlock PanelBlock(Isa isa) {
 // The panel: one packed tile's rows, and the lanes of k that it holds at a time: 16 KiB, half of a small L1 cache. Sums
 // are loaded and stored once a slab, which a longer slab does less often.
 inline constexpr int kPanelRows = 8;
-inline constexpr int kDirectRows = 32;  // Of whose slabs the sums are kept while w goes straight to them.
+inline constexpr int kDirectRows = 16;  // Whose scales and zeros share a cache line: their sums are kept slab by slab.
 inline constexpr int kSlab = 512;       // Lanes of 32 bits; a multiple of every group size and of every tile of k.
 
 // Tokens whose activations are ordered at a time, about: w is dequantised once for each such pass. Bounded by what a

@@ -6,17 +6,29 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <vector>
 
 namespace int4mm::cpu {
 namespace {
 
 // Outlives the loop: a helper that the pool starts late finds no task left and touches nothing else.
 struct Loop {
-  Loop(int64_t num_tasks, const std::function<void(int64_t, int64_t)>* loop_body) : tasks(num_tasks), body(loop_body) {}
+  Loop(int64_t num_tasks, int64_t num_workers, const std::function<void(int64_t, int64_t)>* loop_body)
+      : tasks(num_tasks), workers(num_workers), body(loop_body), shares(static_cast<size_t>(num_workers)) {
+    for (int64_t i = 0; i < workers; ++i) {
+      shares[static_cast<size_t>(i)].next.store(tasks * i / workers, std::memory_order_relaxed);
+      shares[static_cast<size_t>(i)].end = tasks * (i + 1) / workers;
+    }
+  }
 
   void Work(int64_t worker) {
     int64_t finished = 0;
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks; ++finished) (*body)(task, worker);
+    for (int64_t i = 0; i < workers; ++i) {
+      Share& share = shares[static_cast<size_t>((worker + i) % workers)];
+      for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end; ++finished) {
+        (*body)(task, worker);
+      }
+    }
     if (finished == 0) return;
     const std::lock_guard<std::mutex> lock(mutex);
     done += finished;
@@ -28,9 +40,16 @@ struct Loop {
     all_done.wait(lock, [this] { return done == tasks; });
   }
 
+  // Neighbouring tasks, of which the first is taken next, in a cache line of its own.
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
   const int64_t tasks;
+  const int64_t workers;
   const std::function<void(int64_t, int64_t)>* const body;  // Valid until `done` reaches `tasks`.
-  std::atomic<int64_t> next{0};
+  std::vector<Share> shares;
   std::mutex mutex;
   std::condition_variable all_done;
   int64_t done = 0;
@@ -45,7 +64,7 @@ void ParallelFor(ThreadPool& pool, int64_t tasks, int64_t workers,
     for (int64_t task = 0; task < tasks; ++task) body(task, 0);
     return;
   }
-  const auto loop = std::make_shared<Loop>(tasks, &body);
+  const auto loop = std::make_shared<Loop>(tasks, workers, &body);
   for (int64_t worker = 1; worker < workers; ++worker) {
     try {
       pool.Schedule([loop, worker] { loop->Work(worker); });

@@ -39,6 +39,22 @@ void TestParallelForNeedsNoHelper() {
   EXPECT(AllOnce(counts)) << "a late helper took a task";
 }
 
+// A worker has neighbouring tasks first, its own, and then what others have left.
+void TestWorkersHaveShares() {
+  class PromptPool final : public ThreadPool {
+   public:
+    int64_t num_threads() const override { return 3; }
+    void Schedule(std::function<void()> task) override { task(); }
+  };
+  PromptPool pool;
+  std::vector<int64_t> tasks;
+  ParallelFor(pool, 8, 3, [&](int64_t task, int64_t worker) {
+    tasks.push_back(task);
+    EXPECT(worker == 1) << worker;
+  });
+  EXPECT((tasks == std::vector<int64_t>{2, 3, 4, 5, 6, 7, 0, 1}));
+}
+
 void TestParallelForRunsEachTaskOnce() {
   for (const int64_t threads : {1, 2, 7}) {
     StdThreadPool pool(threads);
@@ -90,6 +106,7 @@ void TestNoTasks() {
 int main() {
   using namespace int4mm::cpu;
   TestParallelForNeedsNoHelper();
+  TestWorkersHaveShares();
   TestParallelForRunsEachTaskOnce();
   TestWritesAreVisible();
   TestWorkersAreExclusive();

@@ -75,7 +75,7 @@ struct Exact {
       for (int g = 0; g < kGroups; ++g, group_sums += args.tokens) {
         const int64_t group = (slab + unit * kExactUnit) / p.group_size + g;
         const uint16_t* pairs = args.operands.scales_and_zeros + layout::ScaleIndex(group, tile, p.n);
-        __builtin_prefetch(pairs + next);
+        __builtin_prefetch(pairs + next, 0, 2);
         of_groups[g] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs));
         range.template Add<kRows>(pairs);
         const __m256 zeros = _mm256_castsi256_ps(_mm256_and_si256(of_groups[g], high_half));

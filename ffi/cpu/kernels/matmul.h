@@ -88,7 +88,7 @@ struct Matmul {
       const int64_t next = PairsAhead(p, slab, next_rows);
       [[maybe_unused]] typename S::PairRange range;
       for (int64_t group = 0; group < length / p.group_size; ++group, pairs += 2 * p.n) {
-        __builtin_prefetch(pairs + next);
+        __builtin_prefetch(pairs + next, 0, 2);
         suspects[group] = 0;
         for (int row = 0; row < kRows; row += 4) {
           suspects[group] |= S::template LoadPairs<dtype>(pairs + 2 * row, scales[group] + row, zeros[group] + row)

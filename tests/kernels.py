@@ -13,7 +13,7 @@ import acceptance
 import cases
 import jax_int4mm as i4
 
-CPU_IMPLEMENTATIONS = ("amx", "avx512_bf16", "avx512_bf16/panel-4x6", "avx512", "avx2", "neon", "scalar")
+CPU_IMPLEMENTATIONS = ("amx", "avx512_bf16", "avx512_bf16/panel-8x3", "avx512", "avx2", "neon", "scalar")
 CUDA_IMPLEMENTATIONS = (
     "decode",
     "decode/32x8",

@@ -66,7 +66,7 @@ constexpr RegisterBlock PanelBlock(Isa isa) {
     case Isa::kAvx512:
     case Isa::kAvx512Bf16:
     case Isa::kNeon:
-      return {4, 6};  // 24 of 32 registers hold sums.
+      return {8, 3};  // 24 of 32 registers hold sums.
     case Isa::kAmx:
       return {32, 32};  // Four of eight tile registers hold sums.
     case Isa::kAvx2:

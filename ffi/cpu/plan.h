@@ -53,7 +53,7 @@ StatusOr<Plan> MakePlan(const Problem& problem, const CpuFeatures& features, std
 Explanation Explain(const Problem& problem, const Plan& plan);
 
 // "<implementation>/<tile>", as `implementation` takes it and last_launch() reports it. The tile is the path of w and
-// the register block, rows of w by tokens: "direct-8x1", "exact-8x1", "panel-4x6", "tiles-32x32".
+// the register block, rows of w by tokens: "direct-8x1", "exact-8x1", "panel-8x3", "tiles-32x32".
 std::string LaunchName(const Plan& plan);
 
 }  // namespace int4mm::cpu

@@ -159,7 +159,7 @@ void TestRefusesWhatCannotRun() {
       {Avx512Cpu(), "hopper", "\"hopper\""},
       {Avx512Cpu(), "AVX2", "\"AVX2\""},
       {Avx512Cpu(), "avx", "\"avx\""},
-      {Avx512Cpu(), "/panel-4x6", "\"/panel-4x6\""},
+      {Avx512Cpu(), "/panel-8x3", "\"/panel-8x3\""},
   };
   for (const auto& refusal : refusals) {
     const StatusOr<Plan> plan = MakePlan(kProblem, refusal.features, refusal.implementation);
@@ -188,16 +188,16 @@ void TestNamedTiles() {
           << LaunchName(*chosen) << " m=" << m;
     }
   }
-  const StatusOr<Plan> panel = MakePlan(WithM(1), Avx512Cpu(), "avx512/panel-4x6");
+  const StatusOr<Plan> panel = MakePlan(WithM(1), Avx512Cpu(), "avx512/panel-8x3");
   EXPECT(panel.ok() && panel->path == Path::kPanel) << panel.status().message();
   const StatusOr<Plan> direct = MakePlan(WithM(100), Avx512Cpu(), "avx512/direct-8x1");
   EXPECT(direct.status().code() == StatusCode::kUnimplemented);
-  EXPECT(direct.status().message().find("m = 100; it has \"avx512/panel-4x6\".") != std::string::npos)
+  EXPECT(direct.status().message().find("m = 100; it has \"avx512/panel-8x3\".") != std::string::npos)
       << direct.status().message();
   EXPECT(!MakePlan(WithM(1), Avx512Cpu(), "avx512/").ok());
 
-  const StatusOr<Plan> any = MakePlan(WithM(kUnknownM), Avx512Cpu(), "avx512/panel-4x6");
-  EXPECT(any.ok() && Explain(WithM(kUnknownM), *any).tile == "panel-4x6") << any.status().message();
+  const StatusOr<Plan> any = MakePlan(WithM(kUnknownM), Avx512Cpu(), "avx512/panel-8x3");
+  EXPECT(any.ok() && Explain(WithM(kUnknownM), *any).tile == "panel-8x3") << any.status().message();
   const StatusOr<Plan> one = MakePlan(WithM(kUnknownM), Avx512Cpu(), "avx512/direct-8x1");
   EXPECT(one.status().message().find("for every m; it has") != std::string::npos) << one.status().message();
 }
@@ -212,7 +212,7 @@ void TestExact() {
   } cases[] = {
       {1, 4096, 32, Avx512Bf16Cpu(), "avx512_bf16/exact-8x1", "exact"},
       {8, 4096, 32, Avx512Bf16Cpu(), "avx512_bf16/exact-4x4", "exact"},
-      {9, 4096, 32, Avx512Bf16Cpu(), "avx512_bf16/panel-4x6", "rounded"},
+      {9, 4096, 32, Avx512Bf16Cpu(), "avx512_bf16/panel-8x3", "rounded"},
       {8, 4096, 64, Avx512Bf16Cpu(), "avx512_bf16/exact-4x4", "exact"},
       {2, 4096, 128, Avx512Bf16Cpu(), "avx512_bf16/exact-4x2", "exact"},
       {2, 4096, 256, Avx512Bf16Cpu(), "avx512_bf16/exact-4x2", "exact"},

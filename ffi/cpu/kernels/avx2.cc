@@ -23,10 +23,14 @@ struct Avx2 : X86Base {
   static Float Load(const float* p) { return _mm256_loadu_ps(p); }
   static void Store(float* p, Float v) { _mm256_storeu_ps(p, v); }
   static Float MultiplyAdd(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
-  static float Sum(Float v) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  static void SumEach(const float* vectors, float* sums) {
+    __m256 four[2];  // Of four vectors the sums of their lower halves, and of the upper ones.
+    for (int i = 0; i < 2; ++i, vectors += 4 * kLanes) {
+      const __m256 ab = _mm256_hadd_ps(Load(vectors), Load(vectors + kLanes));
+      four[i] = _mm256_hadd_ps(ab, _mm256_hadd_ps(Load(vectors + 2 * kLanes), Load(vectors + 3 * kLanes)));
+    }
+    Store(sums, _mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20),
+                              _mm256_permute2f128_ps(four[0], four[1], 0x31)));
   }
 
   static Table LoadTable(const float* table) { return {_mm256_load_ps(table), _mm256_load_ps(table + 8)}; }

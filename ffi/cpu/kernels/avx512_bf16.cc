@@ -31,7 +31,7 @@ struct Exact {
       for (int64_t i = k; i < k + kGroup; i += S::kLanes) {
         sum = _mm512_fmadd_ps(S::template Widen<DType::kBFloat16>(x + i), factor, sum);
       }
-      *sums = S::Sum(sum);
+      *sums = _mm512_reduce_add_ps(sum);
     }
   }
 

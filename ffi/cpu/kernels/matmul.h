@@ -8,12 +8,13 @@
 //   kPack: weights or activations in one lane. 1: each is an f32. 2: both are of 16 bits, and Float holds 2 * L of them
 //   Float Zero(), Load(const float*), MultiplyAdd(a, b, c) = a * b + c, of a and b with kPack values in each lane,
 //   whose
-//     products are added; void Store(float*, Float); float Sum(Float)
+//     products are added; void Store(float*, Float); void SumEach(const float* vectors, float* sums): of the lanes of
+//     eight vectors, one behind the other
 //   Table LoadTable(const float*); Float Lookup(Table, Words): table[low nibble of each 1/kPack of a lane]
 //   Words NextNibble(Words): each 1/kPack of a lane shifted right by 4
 //   void LoadUnit<Order>(const uint32_t* row, int part, Words*): the words of one row of one unit, in Order's order.
 //     `row` is the row's first word in the unit's tile; the unit is the part-th of the tile, if it is less than one
-//   Float Widen<dtype>(const uint16_t*); uint16_t Narrow<dtype>(float)
+//   Float Widen<dtype>(const uint16_t*); void NarrowEach<dtype>(const float*, uint16_t*): eight values
 //   unsigned LoadPairs<dtype>(const uint16_t* scales_and_zeros, float* scales, float* zeros): of four rows; a mask of
 //     those that need ExactTable
 //   Table MakeTable<dtype>(float scale, float zero): fast, as kernels/exact_table.h tells
@@ -270,29 +271,28 @@ struct Matmul {
       const float* sums = scratch;
       for (int64_t tile = begin; tile < end; tile += kTileRows) {
         for (int64_t token = 0; token < args.tokens; ++token, sums += kTileRows * kLanes) {
-          StoreSums<dtype>(args, tile, token, sums, kLanes);
+          StoreSums<dtype>(args, tile, token, sums);
         }
       }
     }
   }
 
-  // y of one tile's rows and one token, from sums whose vectors are `stride` apart.
+  // y of one tile's rows and one token, from the sums' vectors.
   template <DType dtype>
-  static void StoreSums(const MatmulArgs& args, int64_t tile, int64_t token, const float* sums, int64_t stride) {
+  static void StoreSums(const MatmulArgs& args, int64_t tile, int64_t token, const float* vectors) {
+    static_assert(kTileRows == 8);
     const int64_t first = (args.first_token + token) * args.problem.n + tile;
+    alignas(32) float sums[kTileRows];
+    S::SumEach(vectors, sums);
+    if constexpr (kPack == 2) {
+      for (float& sum : sums) sum *= args.token_factors[token];
+    }
     if (args.problem.float32_result) {
-      float* y = static_cast<float*>(args.operands.y) + first;
-      for (int r = 0; r < kTileRows; ++r) y[r] = Product(args, token, sums + r * stride);
+      std::memcpy(static_cast<float*>(args.operands.y) + first, sums, sizeof(sums));
     } else {
       uint16_t* y = static_cast<uint16_t*>(args.operands.y) + first;
-      for (int r = 0; r < kTileRows; ++r) y[r] = S::template Narrow<dtype>(Product(args, token, sums + r * stride));
+      S::template NarrowEach<dtype>(sums, y);
     }
-  }
-
-  static float Product(const MatmulArgs& args, int64_t token, const float* sums) {
-    const float sum = S::Sum(S::Load(sums));
-    if constexpr (kPack == 2) return sum * args.token_factors[token];
-    return sum;
   }
 
   // f(count), as a type, of 1 .. kMost.
@@ -395,7 +395,7 @@ struct Matmul {
     }
   }
 
-  // sums [PanelBlock.rows][kTokens][kLanes] (+)= panel rows times tokens, over one slab of `length` lanes of 32 bits.
+  // sums [kTokens][kTileRows][kLanes] (+)= panel rows times tokens, over one slab of `length` lanes of 32 bits.
   template <int kTokens>
   static void MultiplyBlock(const float* panel, const float* x, int64_t length, bool first, float* sums) {
     constexpr int kRows = PanelBlock(S::kIsa).rows;
@@ -404,24 +404,24 @@ struct Matmul {
     for (int r = 0; r < kRows; ++r) {
       INT4MM_UNROLL
       for (int t = 0; t < kTokens; ++t) {
-        sum[r][t] = first ? S::Zero() : S::Load(sums + (r * kTokens + t) * kLanes);
+        sum[r][t] = first ? S::Zero() : S::Load(sums + (t * kTileRows + r) * kLanes);
       }
     }
     for (int64_t k = 0; k < length; k += kLanes) {
-      Float weights[kRows];
+      Float activations[kTokens];
       INT4MM_UNROLL
-      for (int r = 0; r < kRows; ++r) weights[r] = S::Load(panel + r * kSlab + k);
+      for (int t = 0; t < kTokens; ++t) activations[t] = S::Load(x + t * length + k);
       INT4MM_UNROLL
-      for (int t = 0; t < kTokens; ++t) {
-        const Float activations = S::Load(x + t * length + k);
+      for (int r = 0; r < kRows; ++r) {
+        const Float weights = S::Load(panel + r * kSlab + k);
         INT4MM_UNROLL
-        for (int r = 0; r < kRows; ++r) sum[r][t] = S::MultiplyAdd(weights[r], activations, sum[r][t]);
+        for (int t = 0; t < kTokens; ++t) sum[r][t] = S::MultiplyAdd(weights, activations[t], sum[r][t]);
       }
     }
     INT4MM_UNROLL
     for (int r = 0; r < kRows; ++r) {
       INT4MM_UNROLL
-      for (int t = 0; t < kTokens; ++t) S::Store(sums + (r * kTokens + t) * kLanes, sum[r][t]);
+      for (int t = 0; t < kTokens; ++t) S::Store(sums + (t * kTileRows + r) * kLanes, sum[r][t]);
     }
   }
 
@@ -435,30 +435,23 @@ struct Matmul {
     constexpr RegisterBlock kBlock = PanelBlock(S::kIsa);
     const Problem& p = args.problem;
     float* panel = scratch;
-    float* sums = scratch + kPanelRows * kSlab;  // For each block of tokens: [kPanelRows][the block's tokens][kLanes].
-    const auto block_tokens = [&](int64_t token) {
-      return args.tokens - token < kBlock.tokens ? args.tokens - token : kBlock.tokens;
-    };
-
+    float* sums = scratch + kPanelRows * kSlab;  // [token][kPanelRows][kLanes]
     for (int64_t slab = 0; slab < p.k; slab += kSlabK) {
       const int64_t length = SlabLength(p.k, slab);
       FillPanel<dtype, O, kSlab, kLanes>(args, tile, slab, length, panel);
       for (int64_t token = 0; token < args.tokens; token += kBlock.tokens) {
-        const int64_t tokens = block_tokens(token);
+        const int64_t tokens = args.tokens - token < kBlock.tokens ? args.tokens - token : kBlock.tokens;
         const float* x = args.x + (slab * args.tokens + token * length) / kPack;
         for (int r = 0; r < kPanelRows; r += kBlock.rows) {
-          float* block_sums = sums + (token * kPanelRows + r * tokens) * kLanes;
+          float* block_sums = sums + (token * kPanelRows + r) * kLanes;
           WithCount<kBlock.tokens>(
               tokens, [&](auto n) { MultiplyBlock<n()>(panel + r * kSlab, x, length / kPack, slab == 0, block_sums); });
         }
       }
     }
 
-    for (int64_t token = 0; token < args.tokens; token += kBlock.tokens) {
-      const int64_t tokens = block_tokens(token);
-      for (int64_t t = 0; t < tokens; ++t) {
-        StoreSums<dtype>(args, tile, token + t, sums + (token * kPanelRows + t) * kLanes, tokens * kLanes);
-      }
+    for (int64_t token = 0; token < args.tokens; ++token, sums += kPanelRows * kLanes) {
+      StoreSums<dtype>(args, tile, token, sums);
     }
   }
 

@@ -1,8 +1,6 @@
 // 4 lanes; one TBL looks up the bytes of 4 weights. NEON is part of every aarch64 CPU, so no flags.
 #include <arm_neon.h>
 
-#include <cstring>
-
 #include "cpu/kernels/matmul.h"
 
 namespace int4mm::cpu {
@@ -22,7 +20,12 @@ struct Neon {
   static Float Load(const float* p) { return vld1q_f32(p); }
   static void Store(float* p, Float v) { vst1q_f32(p, v); }
   static Float MultiplyAdd(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
-  static float Sum(Float v) { return vaddvq_f32(v); }
+  static void SumEach(const float* vectors, float* sums) {
+    for (int i = 0; i < 8; i += 4, vectors += 4 * kLanes) {
+      const Float ab = vpaddq_f32(Load(vectors), Load(vectors + kLanes));
+      Store(sums + i, vpaddq_f32(ab, vpaddq_f32(Load(vectors + 2 * kLanes), Load(vectors + 3 * kLanes))));
+    }
+  }
 
   static Table LoadTable(const float* table) {
     const uint8x16x4_t bytes = vld4q_u8(reinterpret_cast<const uint8_t*>(table));
@@ -66,14 +69,19 @@ struct Neon {
   }
 
   template <DType dtype>
-  static uint16_t Narrow(float value) {
-    if constexpr (dtype == DType::kFloat16) {
-      return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(value))), 0);
+  static void NarrowEach(const float* values, uint16_t* out) {
+    for (int i = 0; i < 8; i += 4) {
+      const Float wide = vld1q_f32(values + i);
+      if constexpr (dtype == DType::kFloat16) {
+        vst1_u16(out + i, vreinterpret_u16_f16(vcvt_f16_f32(wide)));
+      } else {
+        const uint32x4_t bits = vreinterpretq_u32_f32(wide);
+        const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+        const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7FFF)), odd);
+        const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+        vst1_u16(out + i, vshrn_n_u32(vbslq_u32(vceqq_f32(wide, wide), rounded, quiet), 16));
+      }
     }
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN stays NaN.
-    return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
   }
 
   template <DType dtype>

@@ -33,9 +33,9 @@ struct Scalar {
     for (int i = 0; i < kLanes; ++i) c.lane[i] += a.lane[i] * b.lane[i];
     return c;
   }
-  static float Sum(const Float& v) {
-    const float* x = v.lane;
-    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+  static void SumEach(const float* x, float* sums) {
+    for (int i = 0; i < 8; ++i, x += kLanes)
+      sums[i] = ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
   }
 
   static Table LoadTable(const float* weights) {
@@ -75,8 +75,8 @@ struct Scalar {
   }
 
   template <DType dtype>
-  static uint16_t Narrow(float value) {
-    return int4mm::Narrow(dtype, value);
+  static void NarrowEach(const float* values, uint16_t* out) {
+    for (int i = 0; i < 8; ++i) out[i] = int4mm::Narrow(dtype, values[i]);
   }
 
   template <DType dtype>

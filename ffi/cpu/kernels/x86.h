@@ -5,7 +5,6 @@
 #include <immintrin.h>
 
 #include <cstdint>
-#include <cstring>
 
 #include "cpu/kernels/exact_table.h"
 
@@ -38,15 +37,6 @@ template <DType dtype>
   return static_cast<unsigned>(_mm_movemask_ps(_mm_or_ps(_mm_and_ps(tiny, not_zero), large)));
 }
 
-template <DType dtype>
-[[gnu::always_inline]] inline uint16_t Narrow(float value) {
-  if constexpr (dtype == DType::kFloat16) return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // NaN stays NaN.
-  return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
-}
-
 }  // namespace int4mm::cpu::x86
 
 namespace int4mm::cpu {
@@ -61,8 +51,23 @@ struct X86Base {
   }
 
   template <DType dtype>
-  static uint16_t Narrow(float value) {
-    return x86::Narrow<dtype>(value);
+  static void NarrowEach(const float* values, uint16_t* out) {
+    const __m256 wide = _mm256_loadu_ps(values);
+    __m128i narrow;
+    if constexpr (dtype == DType::kFloat16) {
+      narrow = _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT);
+    } else {
+      const __m256i bits = _mm256_castps_si256(wide);
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+      const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+      const __m256 nan = _mm256_cmp_ps(wide, wide, _CMP_UNORD_Q);
+      const __m256i chosen =
+          _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan));
+      const __m256i high = _mm256_srli_epi32(chosen, 16);
+      narrow = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), narrow);
   }
 
   template <DType dtype>

@@ -85,10 +85,10 @@ Way WayOf(const Kernel& kernel, Path path) {
   return {kernel.order_activations, kernel.panel};
 }
 
-int64_t ScratchFloats(const Kernel& kernel, const Plan& plan, int64_t tokens, int64_t rows) {
+int64_t ScratchFloats(const Plan& plan, int64_t tokens, int64_t rows) {
   if (plan.path == Path::kTiles) return TileScratchFloats(tokens, rows);
-  if (plan.path == Path::kPanel) return PanelScratchFloats(tokens, kernel.lanes);
-  return DirectScratchFloats(tokens, kernel.lanes);
+  if (plan.path == Path::kPanel) return PanelScratchFloats(tokens, rows);
+  return DirectScratchFloats(tokens);
 }
 
 }  // namespace
@@ -114,7 +114,7 @@ Status Launch(const Problem& problem, const Plan& plan, const Kernel& kernel, co
   const int64_t groups = plan.path == Path::kExact ? problem.k / ExactGroup(problem.group_size) : 0;
   // With the tokens' factors and the groups' sums.
   const int64_t activations = ordered_floats + WholeLines(tokens) + WholeLines(groups * tokens);
-  const int64_t scratch = WholeLines(ScratchFloats(kernel, plan, tokens, std::min(rows, problem.n)));
+  const int64_t scratch = WholeLines(ScratchFloats(plan, tokens, std::min(rows, problem.n)));
   const int64_t floats = (problem.shared_x ? 1 : products) * activations + workers * scratch;
   const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
   const std::unique_ptr<float, Free> buffer(

@@ -18,8 +18,9 @@ namespace int4mm::cpu {
 namespace {
 
 constexpr int64_t kProductsPerTask = 256 * 1024;  // Some ten microseconds' work: far more than taking a task costs.
-constexpr int64_t kTileTasks = 32;                // Where n allows: for the threads of a large machine.
-constexpr int64_t kMaxTileBlocksPerTask = 2;      // Their sums fit in an L2 cache.
+constexpr int64_t kPanelTasks = 32;               // Where n allows: for the threads of a large machine.
+constexpr int64_t kMaxPanelsPerTask = 8;          // Their sums fit in an L2 cache, beside a slab of activations.
+constexpr int64_t kMaxTileBlocksPerTask = 2;      // And here.
 
 std::string Names(const std::vector<Isa>& isas) {
   std::string names;
@@ -64,13 +65,15 @@ Plan Block(const Problem& problem, Isa isa, Path path) {
     plan.block = DirectBlock(isa, static_cast<int>(tokens));
     plan.tokens_per_pass = tokens;
   }
+  // A slab of activations comes from a far cache once for all rows of a task.
+  const auto shared_by = [&](int64_t rows, int64_t most) {
+    return rows * std::clamp(problem.n / (rows * kPanelTasks), int64_t{1}, most);
+  };
   if (path == Path::kTiles) {
-    // A slab of activations comes from a far cache once for all rows of a task.
-    const int64_t blocks = problem.n / (kTileBlockRows * kTileTasks);
-    plan.rows_per_task = kTileBlockRows * std::clamp(blocks, int64_t{1}, kMaxTileBlocksPerTask);
+    plan.rows_per_task = shared_by(kTileBlockRows, kMaxTileBlocksPerTask);
     return plan;
   }
-  const int64_t rows = path == Path::kPanel ? kPanelRows : kDirectRows;
+  const int64_t rows = path == Path::kPanel ? shared_by(kPanelRows, kMaxPanelsPerTask) : kDirectRows;
   const int64_t products = rows * problem.k * std::min(tokens, plan.tokens_per_pass);
   plan.rows_per_task = rows * std::max(kProductsPerTask / products, int64_t{1});
   return plan;

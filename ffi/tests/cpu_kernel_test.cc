@@ -668,8 +668,7 @@ void TestRangeOfPairs(const std::vector<Isa>& isas, std::mt19937_64& random) {
     const std::unique_ptr<float, void (*)(void*)> x(
         static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(WholeTiles(1) * p.k) * sizeof(float))),
         std::free);
-    const size_t floats =
-        static_cast<size_t>(std::max(PanelScratchFloats(1, kAvx512Bf16Kernel.lanes), TileScratchFloats(1, p.n)));
+    const size_t floats = static_cast<size_t>(std::max(PanelScratchFloats(1, p.n), TileScratchFloats(1, p.n)));
     const std::unique_ptr<float, void (*)(void*)> scratch(
         static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))), std::free);
     MatmulArgs args;
@@ -766,7 +765,7 @@ void TestLargeOffsets(std::mt19937_64& random) {
   }
   const std::vector<uint16_t> expected_y = Run(expected, Isa::kScalar, 1, 1);
   std::vector<float> ordered(static_cast<size_t>(large.k));
-  const int64_t scratch_floats = PanelScratchFloats(1, kScalarKernel.lanes);
+  const int64_t scratch_floats = PanelScratchFloats(1, 8);
   const std::unique_ptr<float, void (*)(void*)> scratch(
       static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(scratch_floats) * sizeof(float))), std::free);
   MatmulArgs args;

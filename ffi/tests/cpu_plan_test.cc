@@ -250,14 +250,18 @@ void TestBlocking() {
         problem.k = k;
         const StatusOr<Plan> plan = MakePlan(problem, features, "");
         EXPECT(plan.ok()) << plan.status().message();
-        EXPECT(plan->path == Path::kTiles || plan->rows_per_task <= 32 ||
-               plan->rows_per_task * k * std::min(m, plan->tokens_per_pass) <= 1 << 18);
         const std::string name = LaunchName(*plan) + " m=" + std::to_string(m) + " k=" + std::to_string(k);
         EXPECT((plan->path == Path::kPanel || plan->path == Path::kTiles) == (m > MaxDirectTokens(plan->isa))) << name;
         EXPECT(plan->rows_per_task > 0 && plan->rows_per_task % layout::kTileN == 0) << name;
+        const bool little = plan->rows_per_task * k * std::min(m, plan->tokens_per_pass) <= 1 << 18;
+        const int64_t least = plan->path == Path::kTiles ? kTileBlockRows : kPanelRows;
         if (plan->path == Path::kTiles) {
           EXPECT(plan->rows_per_task % kTileBlockRows == 0 && plan->rows_per_task <= 2 * kTileBlockRows) << name;
-          EXPECT(problem.n / plan->rows_per_task >= std::min(problem.n / kTileBlockRows, int64_t{32})) << name;
+        } else {
+          EXPECT(little || plan->rows_per_task <= (plan->path == Path::kPanel ? 64 : kDirectRows)) << name;
+        }
+        if (plan->path == Path::kTiles || (plan->path == Path::kPanel && !little)) {
+          EXPECT(problem.n / plan->rows_per_task >= std::min(problem.n / least, int64_t{32})) << name;
         } else {
           EXPECT(layout::kTileN % plan->block.rows == 0 && plan->block.rows % 4 == 0) << name;
         }

@@ -23,14 +23,10 @@ struct Avx2 : X86Base {
   static Float Load(const float* p) { return _mm256_loadu_ps(p); }
   static void Store(float* p, Float v) { _mm256_storeu_ps(p, v); }
   static Float MultiplyAdd(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
-  static void SumEach(const float* vectors, float* sums) {
-    __m256 four[2];  // Of four vectors the sums of their lower halves, and of the upper ones.
-    for (int i = 0; i < 2; ++i, vectors += 4 * kLanes) {
-      const __m256 ab = _mm256_hadd_ps(Load(vectors), Load(vectors + kLanes));
-      four[i] = _mm256_hadd_ps(ab, _mm256_hadd_ps(Load(vectors + 2 * kLanes), Load(vectors + 3 * kLanes)));
-    }
-    Store(sums, _mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20),
-                              _mm256_permute2f128_ps(four[0], four[1], 0x31)));
+  static void AddSums(Float a, Float b, Float c, Float d, float* sums) {
+    const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    const __m128 whole = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), whole));
   }
 
   static Table LoadTable(const float* table) { return {_mm256_load_ps(table), _mm256_load_ps(table + 8)}; }

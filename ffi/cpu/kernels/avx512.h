@@ -17,22 +17,18 @@ struct Avx512Base : X86Base {
   static Float Load(const float* p) { return _mm512_loadu_ps(p); }
   static void Store(float* p, Float v) { _mm512_storeu_ps(p, v); }
 
-  static void SumEach(const float* vectors, float* sums) {
+  static void AddSums(Float a, Float b, Float c, Float d, float* sums) {
     // Each step adds the halves of what is left of two vectors, side by side.
-    __m512 two[4];
-    for (int i = 0; i < 4; ++i) {
-      const __m512 a = Load(vectors + 2 * i * kLanes);
-      const __m512 b = Load(vectors + (2 * i + 1) * kLanes);
-      two[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
-    }
-    const __m512 low =
-        _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xDD));
-    const __m512 high =
-        _mm512_add_ps(_mm512_shuffle_f32x4(two[2], two[3], 0x88), _mm512_shuffle_f32x4(two[2], two[3], 0xDD));
-    const __m512 pairs = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x88), _mm512_shuffle_ps(low, high, 0xDD));
-    const __m512 eight = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xB1));
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
-    _mm256_storeu_ps(sums, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, eight)));
+    const __m512 ac = _mm512_add_ps(_mm512_shuffle_f32x4(a, c, 0x44), _mm512_shuffle_f32x4(a, c, 0xEE));
+    const __m512 bd = _mm512_add_ps(_mm512_shuffle_f32x4(b, d, 0x44), _mm512_shuffle_f32x4(b, d, 0xEE));
+    const __m512 four = _mm512_add_ps(_mm512_shuffle_f32x4(ac, bd, 0x88), _mm512_shuffle_f32x4(ac, bd, 0xDD));
+    const __m256 low = _mm512_castps512_ps256(four);
+    const __m256 high = _mm512_extractf32x8_ps(four, 1);
+    const __m256 two = _mm256_add_ps(_mm256_shuffle_ps(low, high, 0x88), _mm256_shuffle_ps(low, high, 0xDD));
+    const __m128 ab = _mm256_castps256_ps128(two);
+    const __m128 cd = _mm256_extractf128_ps(two, 1);
+    const __m128 one = _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xDD));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), one));
   }
 
   // Of one (row, group), before they are rounded.

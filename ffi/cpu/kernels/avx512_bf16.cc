@@ -107,7 +107,7 @@ struct Exact {
     }
   }
 
-  // sums [kTokens][kRows][kLanes] (+)= the products of one slab, of one tile's rows and kTokens tokens.
+  // sums [kTokens][kRows] += the products of one slab, of one tile's rows and kTokens tokens.
   template <int kTokens>
   static void Tokens(const MatmulArgs& args, int64_t tile, int64_t slab, int64_t token, float* sums) {
     constexpr int kBlockRows = DirectBlock(S::kIsa, kTokens).rows;
@@ -125,9 +125,7 @@ struct Exact {
       INT4MM_UNROLL
       for (int r = 0; r < kBlockRows; ++r) {
         INT4MM_UNROLL
-        for (int t = 0; t < kTokens; ++t) {
-          sum[r][t] = slab == 0 ? S::Zero() : S::Load(sums + (t * kRows + first_row + r) * S::kLanes);
-        }
+        for (int t = 0; t < kTokens; ++t) sum[r][t] = S::Zero();
       }
       const float* x = first_x;
       const uint32_t* unit = words;
@@ -154,19 +152,12 @@ struct Exact {
           for (int t = 0; t < kTokens; ++t) sum[r][t] = _mm512_fmadd_ps(part[t], lane_scales, sum[r][t]);
         }
       }
-      INT4MM_UNROLL
-      for (int r = 0; r < kBlockRows; ++r) {
-        INT4MM_UNROLL
-        for (int t = 0; t < kTokens; ++t) {
-          S::Store(sums + (t * kRows + first_row + r) * S::kLanes, sum[r][t]);
-        }
-      }
+      M::AddSums(sum, sums + first_row);
     }
     INT4MM_UNROLL
     for (int t = 0; t < kTokens; ++t) {
-      alignas(32) float zeros[kRows];
-      _mm256_store_ps(zeros, zero_sums[t]);
-      for (int r = 0; r < kRows; ++r) sums[(t * kRows + r) * S::kLanes] += zeros[r];
+      float* of_token = sums + t * kRows;
+      _mm256_storeu_ps(of_token, _mm256_add_ps(_mm256_loadu_ps(of_token), zero_sums[t]));
     }
   }
 

@@ -45,15 +45,13 @@ struct Kernel {
   // where there are they are all there is.
   void (*order_tiles)(const MatmulArgs& args, int64_t begin, int64_t end);
   void (*tiles)(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch);
-  int lanes;  // f32 values in one vector.
-  int pack;   // Activations in one lane of x.
+  int pack;  // Activations in one lane of x.
 };
 
-// The size of `scratch`, which is aligned to a cache line, contents undefined: the sums, one vector each, and for the
-// panel kernel a panel.
-constexpr int64_t DirectScratchFloats(int64_t tokens, int lanes) { return kDirectRows * tokens * lanes; }
-constexpr int64_t PanelScratchFloats(int64_t tokens, int lanes) { return kPanelRows * (kSlab + tokens * lanes); }
-// The panel of kTileBlockRows rows, and the sums of all rows of a call.
+// The size of `scratch`, which is aligned to a cache line, contents undefined: a panel, but for the direct kernels, and
+// the sums of all rows of a call, or of kDirectRows.
+constexpr int64_t DirectScratchFloats(int64_t tokens) { return kDirectRows * tokens; }
+constexpr int64_t PanelScratchFloats(int64_t tokens, int64_t rows) { return kPanelRows * kSlab + rows * tokens; }
 constexpr int64_t TileScratchFloats(int64_t tokens, int64_t rows) {
   return kTileBlockRows * kTileSlab + CeilDiv(rows, kTileBlockRows) * kTileBlockRows * WholeTiles(tokens);
 }

@@ -8,8 +8,8 @@
 //   kPack: weights or activations in one lane. 1: each is an f32. 2: both are of 16 bits, and Float holds 2 * L of them
 //   Float Zero(), Load(const float*), MultiplyAdd(a, b, c) = a * b + c, of a and b with kPack values in each lane,
 //   whose
-//     products are added; void Store(float*, Float); void SumEach(const float* vectors, float* sums): of the lanes of
-//     eight vectors, one behind the other
+//     products are added; void Store(float*, Float); void AddSums(Float, Float, Float, Float, float* sums): adds the
+//     sum of each one's lanes to one of four sums
 //   Table LoadTable(const float*); Float Lookup(Table, Words): table[low nibble of each 1/kPack of a lane]
 //   Words NextNibble(Words): each 1/kPack of a lane shifted right by 4
 //   void LoadUnit<Order>(const uint32_t* row, int part, Words*): the words of one row of one unit, in Order's order.
@@ -26,8 +26,9 @@
 //     zero: least > most
 //   void Scale(const uint16_t* x, float factor, uint16_t* out): of L activations
 //
-// Each y[m][n] is the sum over k, in the kernel's order, in the L lanes of one f32 vector, whose lanes are added at the
-// end, rounded unless y is f32; the blocking, the number of tokens and the number of threads do not change a bit of it.
+// Each y[m][n] is the sum over the slabs of k, in f32, of sums in the kernel's order in the L lanes of one vector,
+// whose lanes are added at the end of the slab; it is rounded unless y is f32. The blocking, the number of tokens and
+// the number of threads do not change a bit of it.
 #pragma once
 
 #include <cstdint>
@@ -258,40 +259,60 @@ struct Matmul {
     const int64_t block = DirectBlock(S::kIsa, static_cast<int>(args.tokens)).tokens;
     for (int64_t begin = row_begin; begin < row_end; begin += kDirectRows) {
       const int64_t end = row_end - begin < kDirectRows ? row_end : begin + kDirectRows;
+      ClearSums(args, end - begin, scratch);
       for (int64_t slab = 0; slab < p.k; slab += kSlabK) {
-        float* sums = scratch;  // [tile][token][kTileRows][kLanes]
+        float* sums = scratch;  // [tile][token][kTileRows]
         for (int64_t tile = begin; tile < end; tile += kTileRows) {
           for (int64_t token = 0; token < args.tokens; token += block) {
             const int64_t tokens = args.tokens - token < block ? args.tokens - token : block;
             multiply(tokens, tile, slab, token, sums);
-            sums += tokens * kTileRows * kLanes;
+            sums += tokens * kTileRows;
           }
         }
       }
-      const float* sums = scratch;
-      for (int64_t tile = begin; tile < end; tile += kTileRows) {
-        for (int64_t token = 0; token < args.tokens; ++token, sums += kTileRows * kLanes) {
-          StoreSums<dtype>(args, tile, token, sums);
-        }
+      StoreSums<dtype>(args, begin, end, scratch);
+    }
+  }
+
+  static void ClearSums(const MatmulArgs& args, int64_t rows, float* sums) {
+    std::memset(sums, 0, static_cast<size_t>(rows * args.tokens) * sizeof(float));
+  }
+
+  // y of some rows from sums [tile][token][kTileRows].
+  template <DType dtype>
+  static void StoreSums(const MatmulArgs& args, int64_t row_begin, int64_t row_end, const float* sums) {
+    for (int64_t tile = row_begin; tile < row_end; tile += kTileRows) {
+      for (int64_t token = 0; token < args.tokens; ++token, sums += kTileRows) {
+        StoreTile<dtype>(args, tile, token, sums);
       }
     }
   }
 
-  // y of one tile's rows and one token, from the sums' vectors.
+  // Of one tile's rows and one token.
   template <DType dtype>
-  static void StoreSums(const MatmulArgs& args, int64_t tile, int64_t token, const float* vectors) {
+  static void StoreTile(const MatmulArgs& args, int64_t tile, int64_t token, const float* sums) {
     static_assert(kTileRows == 8);
     const int64_t first = (args.first_token + token) * args.problem.n + tile;
-    alignas(32) float sums[kTileRows];
-    S::SumEach(vectors, sums);
-    if constexpr (kPack == 2) {
-      for (float& sum : sums) sum *= args.token_factors[token];
-    }
+    const float factor = kPack == 2 ? args.token_factors[token] : 1;
+    float y[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) y[r] = sums[r] * factor;
     if (args.problem.float32_result) {
-      std::memcpy(static_cast<float*>(args.operands.y) + first, sums, sizeof(sums));
+      std::memcpy(static_cast<float*>(args.operands.y) + first, y, sizeof(y));
     } else {
-      uint16_t* y = static_cast<uint16_t*>(args.operands.y) + first;
-      S::template NarrowEach<dtype>(sums, y);
+      S::template NarrowEach<dtype>(y, static_cast<uint16_t*>(args.operands.y) + first);
+    }
+  }
+
+  // sums [kTokens][kTileRows] += the lanes of some of the rows. Inlined early, so that the vectors stay in registers.
+  template <int kRows, int kTokens>
+  [[gnu::always_inline]] static void AddSums(const Float (&sum)[kRows][kTokens], float* sums) {
+    static_assert(kRows % 4 == 0);
+    INT4MM_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      INT4MM_UNROLL
+      for (int r = 0; r < kRows; r += 4) {
+        S::AddSums(sum[r][t], sum[r + 1][t], sum[r + 2][t], sum[r + 3][t], sums + t * kTileRows + r);
+      }
     }
   }
 
@@ -317,7 +338,7 @@ struct Matmul {
     return (rows / kTileRows * p.k - slab) * kWordsPerK;
   }
 
-  // sums [kTokens][kTileRows][kLanes] (+)= the products of one slab, of one tile's rows and kTokens tokens.
+  // sums [kTokens][kTileRows] += the products of one slab, of one tile's rows and kTokens tokens.
   template <DType dtype, class O, int kTokens>
   static void DirectTokens(const MatmulArgs& args, int64_t tile, int64_t slab, int64_t token, float* sums) {
     constexpr int kRows = DirectBlock(S::kIsa, kTokens).rows;
@@ -327,13 +348,11 @@ struct Matmul {
     const int64_t words_ahead = WordsAhead(p, slab, kDirectRows);
     const float* first_x = args.x + (slab * args.tokens + token * length) / kPack;
     SlabPairs<O, kRows> pairs;
-    for (int first_row = 0; first_row < kTileRows; first_row += kRows, sums += kRows * kLanes) {
+    for (int first_row = 0; first_row < kTileRows; first_row += kRows) {
       pairs.template Load<dtype>(args, tile + first_row, slab, length, kDirectRows);
       Float sum[kRows][kTokens];
       for (int r = 0; r < kRows; ++r) {
-        for (int t = 0; t < kTokens; ++t) {
-          sum[r][t] = slab == 0 ? S::Zero() : S::Load(sums + (t * kTileRows + r) * kLanes);
-        }
+        for (int t = 0; t < kTokens; ++t) sum[r][t] = S::Zero();
       }
       const float* x = first_x;
       for (int64_t k = slab; k < slab + length; k += O::kUnit, x += O::kUnit / kPack) {
@@ -358,23 +377,23 @@ struct Matmul {
           }
         }
       }
-      for (int r = 0; r < kRows; ++r) {
-        for (int t = 0; t < kTokens; ++t) S::Store(sums + (t * kTileRows + r) * kLanes, sum[r][t]);
-      }
+      AddSums(sum, sums + first_row);
     }
   }
 
   // Many tokens: one slab of a tile's rows is written to a panel and used for all of them.
   // panel = the weights of the rows, k = slab .. slab + length - 1, kPack in each lane: a vector of kLanes every
-  // kVectorStride floats of a row, and a row every kRowStride.
+  // kVectorStride floats of a row, and a row every kRowStride. Behind the last slab the rows that are `next_rows`
+  // further are next.
   template <DType dtype, class O, int kRowStride, int kVectorStride>
-  static void FillPanel(const MatmulArgs& args, int64_t tile, int64_t slab, int64_t length, float* panel) {
+  static void FillPanel(const MatmulArgs& args, int64_t tile, int64_t slab, int64_t length, int64_t next_rows,
+                        float* panel) {
     static_assert(kPanelRows == kTileRows);
     const Problem& p = args.problem;
     const uint32_t* tile_words = args.operands.packed + tile / kTileRows * (p.k / O::kTileK) * O::kTileWords;
     SlabPairs<O, kPanelRows> pairs;
-    pairs.template Load<dtype>(args, tile, slab, length, kPanelRows);
-    const int64_t words_ahead = WordsAhead(p, slab, kPanelRows);
+    pairs.template Load<dtype>(args, tile, slab, length, next_rows);
+    const int64_t words_ahead = WordsAhead(p, slab, next_rows);
     for (int64_t k = slab; k < slab + length; k += O::kUnit) {
       Table tables[kPanelRows];
       pairs.template MakeTables<dtype>(GroupInSlab<O>(p, k - slab), tables);
@@ -395,17 +414,15 @@ struct Matmul {
     }
   }
 
-  // sums [kTokens][kTileRows][kLanes] (+)= panel rows times tokens, over one slab of `length` lanes of 32 bits.
+  // sums [kTokens][kTileRows] += panel rows times tokens, over one slab of `length` lanes of 32 bits.
   template <int kTokens>
-  static void MultiplyBlock(const float* panel, const float* x, int64_t length, bool first, float* sums) {
+  static void MultiplyBlock(const float* panel, const float* x, int64_t length, float* sums) {
     constexpr int kRows = PanelBlock(S::kIsa).rows;
     Float sum[kRows][kTokens];
     INT4MM_UNROLL
     for (int r = 0; r < kRows; ++r) {
       INT4MM_UNROLL
-      for (int t = 0; t < kTokens; ++t) {
-        sum[r][t] = first ? S::Zero() : S::Load(sums + (t * kTileRows + r) * kLanes);
-      }
+      for (int t = 0; t < kTokens; ++t) sum[r][t] = S::Zero();
     }
     for (int64_t k = 0; k < length; k += kLanes) {
       Float activations[kTokens];
@@ -418,41 +435,35 @@ struct Matmul {
         for (int t = 0; t < kTokens; ++t) sum[r][t] = S::MultiplyAdd(weights, activations[t], sum[r][t]);
       }
     }
-    INT4MM_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      INT4MM_UNROLL
-      for (int t = 0; t < kTokens; ++t) S::Store(sums + (t * kTileRows + r) * kLanes, sum[r][t]);
-    }
+    AddSums(sum, sums);
   }
 
+  // Slab by slab for all rows, so that the tokens' part of it stays in the L2 cache.
   template <DType dtype, class O>
   static void Panel(const MatmulArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
-    for (int64_t tile = row_begin; tile < row_end; tile += kTileRows) PanelTile<dtype, O>(args, tile, scratch);
-  }
-
-  template <DType dtype, class O>
-  static void PanelTile(const MatmulArgs& args, int64_t tile, float* scratch) {
     constexpr RegisterBlock kBlock = PanelBlock(S::kIsa);
     const Problem& p = args.problem;
+    const int64_t rows = row_end - row_begin;
     float* panel = scratch;
-    float* sums = scratch + kPanelRows * kSlab;  // [token][kPanelRows][kLanes]
+    float* first_sums = scratch + kPanelRows * kSlab;
+    ClearSums(args, rows, first_sums);
     for (int64_t slab = 0; slab < p.k; slab += kSlabK) {
       const int64_t length = SlabLength(p.k, slab);
-      FillPanel<dtype, O, kSlab, kLanes>(args, tile, slab, length, panel);
-      for (int64_t token = 0; token < args.tokens; token += kBlock.tokens) {
-        const int64_t tokens = args.tokens - token < kBlock.tokens ? args.tokens - token : kBlock.tokens;
-        const float* x = args.x + (slab * args.tokens + token * length) / kPack;
-        for (int r = 0; r < kPanelRows; r += kBlock.rows) {
-          float* block_sums = sums + (token * kPanelRows + r) * kLanes;
-          WithCount<kBlock.tokens>(
-              tokens, [&](auto n) { MultiplyBlock<n()>(panel + r * kSlab, x, length / kPack, slab == 0, block_sums); });
+      float* sums = first_sums;  // [tile][token][kTileRows]
+      for (int64_t tile = row_begin; tile < row_end; tile += kTileRows) {
+        FillPanel<dtype, O, kSlab, kLanes>(args, tile, slab, length, rows, panel);
+        for (int64_t token = 0; token < args.tokens; token += kBlock.tokens) {
+          const int64_t tokens = args.tokens - token < kBlock.tokens ? args.tokens - token : kBlock.tokens;
+          const float* x = args.x + (slab * args.tokens + token * length) / kPack;
+          for (int r = 0; r < kPanelRows; r += kBlock.rows) {
+            WithCount<kBlock.tokens>(
+                tokens, [&](auto n) { MultiplyBlock<n()>(panel + r * kSlab, x, length / kPack, sums + r); });
+          }
+          sums += tokens * kTileRows;
         }
       }
     }
-
-    for (int64_t token = 0; token < args.tokens; ++token, sums += kPanelRows * kLanes) {
-      StoreSums<dtype>(args, tile, token, sums);
-    }
+    StoreSums<dtype>(args, row_begin, row_end, first_sums);
   }
 
   // f(dtype, order), both as types.
@@ -498,7 +509,6 @@ struct Matmul {
       Dispatch(args.problem,
                [&](auto dtype, auto order) { Panel<dtype(), decltype(order)>(args, row_begin, row_end, scratch); });
     };
-    kernel.lanes = kLanes;
     kernel.pack = kPack;
     return kernel;
   }

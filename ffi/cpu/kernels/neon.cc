@@ -20,11 +20,8 @@ struct Neon {
   static Float Load(const float* p) { return vld1q_f32(p); }
   static void Store(float* p, Float v) { vst1q_f32(p, v); }
   static Float MultiplyAdd(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
-  static void SumEach(const float* vectors, float* sums) {
-    for (int i = 0; i < 8; i += 4, vectors += 4 * kLanes) {
-      const Float ab = vpaddq_f32(Load(vectors), Load(vectors + kLanes));
-      Store(sums + i, vpaddq_f32(ab, vpaddq_f32(Load(vectors + 2 * kLanes), Load(vectors + 3 * kLanes))));
-    }
+  static void AddSums(Float a, Float b, Float c, Float d, float* sums) {
+    Store(sums, vaddq_f32(Load(sums), vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d))));
   }
 
   static Table LoadTable(const float* table) {

@@ -33,9 +33,11 @@ struct Scalar {
     for (int i = 0; i < kLanes; ++i) c.lane[i] += a.lane[i] * b.lane[i];
     return c;
   }
-  static void SumEach(const float* x, float* sums) {
-    for (int i = 0; i < 8; ++i, x += kLanes)
-      sums[i] = ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+  static void AddSums(const Float& a, const Float& b, const Float& c, const Float& d, float* sums) {
+    for (const Float* v : {&a, &b, &c, &d}) {
+      const float* x = v->lane;
+      *sums++ += ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+    }
   }
 
   static Table LoadTable(const float* weights) {

@@ -122,7 +122,8 @@ struct TileMatmul {
         const int64_t rows = row_end - row < block_rows ? row_end - row : block_rows;
         for (int64_t r = 0; r < rows; r += kPanelRows) {
           float* out = panel + r / kEdge * kPanelTile + r % kEdge * kEdge;
-          M::template FillPanel<DType::kBFloat16, O, kEdge, kTile>(args, row + r, slab, length, out);
+          M::template FillPanel<DType::kBFloat16, O, kEdge, kTile>(args, row + r, slab, length, row_end - row_begin,
+                                                                   out);
         }
         float* sums = all_sums + (row - row_begin) * tokens;
         M::template WithCount<kTileBlockRows / kEdge>(CeilDiv(rows, kEdge), [&](auto registers) {
@@ -173,7 +174,6 @@ struct TileMatmul {
       M::template WithOrder<DType::kBFloat16>(
           args.problem, [&](auto, auto order) { Multiply<decltype(order)>(args, row_begin, row_end, scratch); });
     };
-    kernel.lanes = S::kLanes;
     kernel.pack = S::kPack;
     return kernel;
   }

@@ -278,12 +278,13 @@ struct Matmul {
     std::memset(sums, 0, static_cast<size_t>(rows * args.tokens) * sizeof(float));
   }
 
-  // y of some rows from sums [tile][token][kTileRows].
+  // y of some rows from sums [tile][token][kTileRows]. Token by token, so that lines of y are written whole: those of
+  // neighbouring tokens are often in the same set of a cache.
   template <DType dtype>
   static void StoreSums(const MatmulArgs& args, int64_t row_begin, int64_t row_end, const float* sums) {
-    for (int64_t tile = row_begin; tile < row_end; tile += kTileRows) {
-      for (int64_t token = 0; token < args.tokens; ++token, sums += kTileRows) {
-        StoreTile<dtype>(args, tile, token, sums);
+    for (int64_t token = 0; token < args.tokens; ++token) {
+      for (int64_t tile = row_begin; tile < row_end; tile += kTileRows) {
+        StoreTile<dtype>(args, tile, token, sums + (tile - row_begin) * args.tokens + token * kTileRows);
       }
     }
   }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -10,6 +11,18 @@
 
 namespace int4mm::cpu {
 namespace {
+
+// So long the calling thread looks for the others' end before it sleeps: they have at most a task left, some ten
+// microseconds, and to be woken takes longer than that.
+constexpr std::chrono::microseconds kPatience{50};
+
+void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 
 // Outlives the loop: a helper that the pool starts late finds no task left and touches nothing else.
 struct Loop {
@@ -29,15 +42,20 @@ struct Loop {
         (*body)(task, worker);
       }
     }
-    if (finished == 0) return;
+    if (finished == 0 || done.fetch_add(finished, std::memory_order_acq_rel) + finished < tasks) return;
     const std::lock_guard<std::mutex> lock(mutex);
-    done += finished;
-    if (done == tasks) all_done.notify_one();
+    all_done.notify_one();
   }
 
+  bool Done() const { return done.load(std::memory_order_acquire) == tasks; }
+
   void Wait() {
+    for (const auto end = std::chrono::steady_clock::now() + kPatience; std::chrono::steady_clock::now() < end;
+         Pause()) {
+      if (Done()) return;
+    }
     std::unique_lock<std::mutex> lock(mutex);
-    all_done.wait(lock, [this] { return done == tasks; });
+    all_done.wait(lock, [this] { return Done(); });
   }
 
   // Neighbouring tasks, of which the first is taken next, in a cache line of its own.
@@ -50,9 +68,9 @@ struct Loop {
   const int64_t workers;
   const std::function<void(int64_t, int64_t)>* const body;  // Valid until `done` reaches `tasks`.
   std::vector<Share> shares;
+  std::atomic<int64_t> done{0};
   std::mutex mutex;
   std::condition_variable all_done;
-  int64_t done = 0;
 };
 
 }  // namespace

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/ceil_div.h"
 #include "core/problem.h"
 #include "cpu/kernels/exact_table.h"
 #include "cpu/kernels/kernel.h"
@@ -367,7 +368,7 @@ std::vector<Isa> Those(const std::vector<Isa>& isas, DType dtype) {
   return found;
 }
 
-// Of all formats; with INT4MM_TEST_SHARE=<s> one of s, others every time, for machines that are emulated.
+// Of all formats; with INT4MM_TEST_SHARE=<s> one of s, others every time, for machines that are emulated or watched.
 std::vector<Problem> Grid(std::mt19937_64& random) {
   const char* share_text = std::getenv("INT4MM_TEST_SHARE");
   const uint64_t share = share_text == nullptr ? 1 : std::max<uint64_t>(std::strtoull(share_text, nullptr, 10), 1);
@@ -652,6 +653,15 @@ void TestRangesOfActivations(const std::vector<Isa>& isas, std::mt19937_64& rand
 }
 
 #if defined(__x86_64__)
+using AlignedFloats = std::unique_ptr<float, void (*)(void*)>;
+
+// To a cache line, in whole lines.
+AlignedFloats Aligned(int64_t floats) {
+  constexpr int64_t kLine = 64;
+  const int64_t bytes = CeilDiv(floats * static_cast<int64_t>(sizeof(float)), kLine) * kLine;
+  return {static_cast<float*>(std::aligned_alloc(kLine, static_cast<size_t>(bytes))), std::free};
+}
+
 // The kernel of bfloat16 pairs says what it cannot multiply, and no more: the launcher would quietly run another.
 void TestRangeOfPairs(const std::vector<Isa>& isas, std::mt19937_64& random) {
   if (std::find(isas.begin(), isas.end(), Isa::kAvx512Bf16) == isas.end()) return;
@@ -665,12 +675,8 @@ void TestRangeOfPairs(const std::vector<Isa>& isas, std::mt19937_64& random) {
     float factor;
     std::vector<uint16_t> y(static_cast<size_t>(p.n));
     const Kernel& tiles = IsEmulated(Isa::kAmx) ? kEmulatedTilesKernel : kAmxKernel;
-    const std::unique_ptr<float, void (*)(void*)> x(
-        static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(WholeTiles(1) * p.k) * sizeof(float))),
-        std::free);
-    const size_t floats = static_cast<size_t>(std::max(PanelScratchFloats(1, p.n), TileScratchFloats(1, p.n)));
-    const std::unique_ptr<float, void (*)(void*)> scratch(
-        static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))), std::free);
+    const AlignedFloats x = Aligned(WholeTiles(1) * p.k);
+    const AlignedFloats scratch = Aligned(std::max(PanelScratchFloats(1, p.n), TileScratchFloats(1, p.n)));
     MatmulArgs args;
     args.problem = p;
     args.operands = c.operands();
@@ -765,9 +771,7 @@ void TestLargeOffsets(std::mt19937_64& random) {
   }
   const std::vector<uint16_t> expected_y = Run(expected, Isa::kScalar, 1, 1);
   std::vector<float> ordered(static_cast<size_t>(large.k));
-  const int64_t scratch_floats = PanelScratchFloats(1, 8);
-  const std::unique_ptr<float, void (*)(void*)> scratch(
-      static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(scratch_floats) * sizeof(float))), std::free);
+  const AlignedFloats scratch = Aligned(PanelScratchFloats(1, 8));
   MatmulArgs args;
   args.problem = large;
   args.operands = {x.data(), packed.data(), scales_and_zeros.data(), y.data()};

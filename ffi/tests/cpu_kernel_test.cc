@@ -362,6 +362,15 @@ void ExpectClose(Case& c, Isa isa, const std::vector<uint16_t>& y, const std::ve
   }
 }
 
+using AlignedFloats = std::unique_ptr<float, void (*)(void*)>;
+
+// To a cache line, in whole lines.
+AlignedFloats Aligned(int64_t floats) {
+  constexpr int64_t kLine = 64;
+  const int64_t bytes = CeilDiv(floats * static_cast<int64_t>(sizeof(float)), kLine) * kLine;
+  return {static_cast<float*>(std::aligned_alloc(kLine, static_cast<size_t>(bytes))), std::free};
+}
+
 std::vector<Isa> Those(const std::vector<Isa>& isas, DType dtype) {
   std::vector<Isa> found;
   std::copy_if(isas.begin(), isas.end(), std::back_inserter(found), [&](Isa isa) { return Multiplies(isa, dtype); });
@@ -653,15 +662,6 @@ void TestRangesOfActivations(const std::vector<Isa>& isas, std::mt19937_64& rand
 }
 
 #if defined(__x86_64__)
-using AlignedFloats = std::unique_ptr<float, void (*)(void*)>;
-
-// To a cache line, in whole lines.
-AlignedFloats Aligned(int64_t floats) {
-  constexpr int64_t kLine = 64;
-  const int64_t bytes = CeilDiv(floats * static_cast<int64_t>(sizeof(float)), kLine) * kLine;
-  return {static_cast<float*>(std::aligned_alloc(kLine, static_cast<size_t>(bytes))), std::free};
-}
-
 // The kernel of bfloat16 pairs says what it cannot multiply, and no more: the launcher would quietly run another.
 void TestRangeOfPairs(const std::vector<Isa>& isas, std::mt19937_64& random) {
   if (std::find(isas.begin(), isas.end(), Isa::kAvx512Bf16) == isas.end()) return;

@@ -77,8 +77,8 @@ constexpr RegisterBlock PanelBlock(Isa isa) {
   return {4, 1};  // 8 of 16 where a vector of 8 lanes is two registers.
 }
 
-// The panel: one packed tile's rows, and the lanes of k that it holds at a time: 16 KiB, half of a small L1 cache. Sums
-// are loaded and stored once a slab, which a longer slab does less often.
+// The panel: one packed tile's rows, and the lanes of k that it holds at a time: 16 KiB, half of a small L1 cache. The
+// lanes of the sums are added up once a slab, which a longer slab does less often.
 inline constexpr int kPanelRows = 8;
 inline constexpr int kDirectRows = 16;  // Whose scales and zeros share a cache line: their sums are kept slab by slab.
 inline constexpr int kSlab = 512;       // Lanes of 32 bits; a multiple of every group size and of every tile of k.

@@ -27,17 +27,18 @@ void Pause() {
 // Outlives the loop: a helper that the pool starts late finds no task left and touches nothing else.
 struct Loop {
   Loop(int64_t num_tasks, int64_t num_workers, const std::function<void(int64_t, int64_t)>* loop_body)
-      : tasks(num_tasks), workers(num_workers), body(loop_body), shares(static_cast<size_t>(num_workers)) {
-    for (int64_t i = 0; i < workers; ++i) {
-      shares[static_cast<size_t>(i)].next.store(tasks * i / workers, std::memory_order_relaxed);
-      shares[static_cast<size_t>(i)].end = tasks * (i + 1) / workers;
+      : tasks(num_tasks), body(loop_body), shares(static_cast<size_t>(num_workers)) {
+    int64_t begin = 0;
+    for (size_t i = 0; i < shares.size(); ++i) {
+      shares[i].next.store(begin, std::memory_order_relaxed);
+      shares[i].end = begin = tasks * static_cast<int64_t>(i + 1) / num_workers;
     }
   }
 
   void Work(int64_t worker) {
     int64_t finished = 0;
-    for (int64_t i = 0; i < workers; ++i) {
-      Share& share = shares[static_cast<size_t>((worker + i) % workers)];
+    for (size_t i = 0; i < shares.size(); ++i) {
+      Share& share = shares[(static_cast<size_t>(worker) + i) % shares.size()];
       for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end; ++finished) {
         (*body)(task, worker);
       }
@@ -65,7 +66,6 @@ struct Loop {
   };
 
   const int64_t tasks;
-  const int64_t workers;
   const std::function<void(int64_t, int64_t)>* const body;  // Valid until `done` reaches `tasks`.
   std::vector<Share> shares;
   std::atomic<int64_t> done{0};

@@ -259,11 +259,10 @@ void TestBlocking() {
           EXPECT(plan->rows_per_task % kTileBlockRows == 0 && plan->rows_per_task <= 2 * kTileBlockRows) << name;
         } else {
           EXPECT(little || plan->rows_per_task <= (plan->path == Path::kPanel ? 64 : kDirectRows)) << name;
+          EXPECT(layout::kTileN % plan->block.rows == 0 && plan->block.rows % 4 == 0) << name;
         }
         if (plan->path == Path::kTiles || (plan->path == Path::kPanel && !little)) {
           EXPECT(problem.n / plan->rows_per_task >= std::min(problem.n / least, int64_t{32})) << name;
-        } else {
-          EXPECT(layout::kTileN % plan->block.rows == 0 && plan->block.rows % 4 == 0) << name;
         }
         EXPECT(plan->tokens_per_pass > 0) << name;
         if (plan->path == Path::kPanel || plan->path == Path::kTiles) {

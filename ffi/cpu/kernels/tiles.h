@@ -146,22 +146,11 @@ struct TileMatmul {
         _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
     static_assert(kEdge == 1 << 4);
     const __mmask16 mask = static_cast<__mmask16>((1u << rows) - 1);
-    const __m512 y = _mm512_mul_ps(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, column, sums, sizeof(float)),
-                                   _mm512_set1_ps(args.token_factors[token]));
-    const int64_t first = (args.first_token + token) * args.problem.n + row;
-    if (args.problem.float32_result) {
-      _mm512_mask_storeu_ps(static_cast<float*>(args.operands.y) + first, mask, y);
-    } else {
-      _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.operands.y) + first, mask, Narrow(y));
+    float of_rows[kEdge];
+    S::Store(of_rows, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, column, sums, sizeof(float)));
+    for (int64_t r = 0; r < rows; r += kPanelRows) {
+      M::template StoreTile<DType::kBFloat16>(args, row + r, token, of_rows + r);
     }
-  }
-
-  // To nearest, subnormals too. There is no NaN: what has one is out of range.
-  static __m256i Narrow(__m512 y) {
-    const __m512i bits = _mm512_castps_si512(y);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
   }
 
   static constexpr Kernel MakeKernel() {
